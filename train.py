@@ -1,0 +1,939 @@
+"""Pretrain a backbone with INTL, or with its kin, on one CPU, one GPU or many nodes.
+
+    torchrun train.py                                                          # shapes: no data, no GPU, 4 minutes
+    torchrun train.py --recipe cifar10 --data data/cifar10                     # downloads CIFAR-10 there if it is not
+    torchrun --nproc_per_node 8 train.py --recipe imagenet --data /data/imagenet
+    torchrun --nproc_per_node 8 train.py --recipe imagenet --data /photos      # any tree of images; labels not needed
+    torchrun train.py --recipe cifar10 --data data/cifar10 --epochs 20 --base-lr 0.2 --loss whiten
+
+Every field of a recipe is a flag. A second run of the same command resumes. Output goes to runs/<recipe>/.
+"""
+
+import argparse
+import copy
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import os
+import pickle
+import sys
+import time
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torchvision
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
+from torchvision.transforms.v2 import functional as TF
+
+from intl import CWRGPLoss, INTLLoss, condition_number, effective_rank, gather, orthogonality_penalty, power, spectral_transform, spectrum
+
+# ------------------------------------------------------------------------------------------------------------------
+# Recipes: the published settings (INTL paper, appendix, and the official release), apart from the logic
+
+
+def flag(default, help: str, **kwargs):
+    return field(default=default, metadata={"help": help, **kwargs})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    dataset: str = flag("folder", "what --data holds; also chooses mean and std", choices=["shapes", "cifar10", "cifar100", "folder"])
+    arch: str = flag("resnet18", "backbone: a ResNet of torchvision")
+    stem: str = flag(
+        "imagenet",
+        "first layers: imagenet = 7x7 stride 2 and max-pool; cifar = 3x3 stride 1; small = 3x3 stride 2 and max-pool",
+        choices=["imagenet", "cifar", "small"],
+    )
+    zero_init_residual: bool = flag(False, "start every residual branch at zero")
+    hidden: int = flag(2048, "projector: width of its two hidden layers")
+    out: int = flag(2048, "projector: width of the embedding")
+    epochs: int = flag(100, "length of the whole schedule")
+    batch_size: int = flag(256, "GLOBAL batch, over all processes; the loss depends on it, so it is no neutral knob")
+    base_lr: float = flag(0.3, "learning rate per 256 images of the global batch")
+    final_lr: float = flag(0.001, "cosine ends at this fraction of the learning rate")
+    warmup_epochs: int = flag(2, "linear warm-up")
+    weight_decay: float = flag(1e-4, "SGD weight decay")
+    decay_all: bool = flag(True, "weight decay on biases and BN parameters too")
+    loss: str = flag("intl", "intl, iternorm (INTL without its trace loss), whiten, power:P, cwrgp, none")
+    iterations: int = flag(4, "Newton steps of IterNorm")
+    axis: str = flag("channel", "what is centred and whitened", choices=["channel", "batch"])
+    beta: float | None = flag(None, "weight of the trace loss; default 0.01 (log2 n - 3)")
+    groups: int = flag(4, "cwrgp: groups of channels")
+    sub_batch: int | None = flag(None, "cwrgp: samples whitened together; default all")
+    orthogonality: str | None = flag(None, "add this penalty on the backbone's weights", choices=["so", "srip"])
+    orthogonality_weight: float | None = flag(None, "its weight; default 1e-6 (so), 1e-3 (srip)")
+    ema: float | None = flag(None, "momentum of a teacher for view 0, rising to 1 by a cosine; default: no teacher")
+    view_sizes: tuple[int, ...] = flag((224, 224), "pixels of each view")
+    min_scale: tuple[float, ...] = flag((0.08,), "least area of a crop, one number or one per view")
+    max_scale: tuple[float, ...] = flag((1.0,), "largest area of a crop")
+    jitter: tuple[float, ...] = flag((0.4, 0.4, 0.2, 0.1), "strength: brightness, contrast, saturation, hue")
+    jitter_prob: float = flag(0.8, "probability of colour jitter")
+    gray: float = flag(0.2, "probability of grey")
+    blur: tuple[float, ...] = flag((0.0,), "probability of a Gaussian blur, sigma 0.1 to 2")
+    solarize: tuple[float, ...] = flag((0.0, 0.2), "probability of solarising")
+    solarize_threshold: int = flag(128, "grey level from which it inverts; 0 inverts the whole image")
+
+
+# fmt: off
+CIFAR = Recipe(stem="cifar", epochs=1000, view_sizes=(32, 32))
+IMAGENET = Recipe(
+    arch="resnet50", zero_init_residual=True, hidden=8192, out=8192, epochs=800, weight_decay=1e-5, decay_all=False, blur=(1.0, 0.1),
+)
+RECIPES = {
+    # This project's own: strong colour jitter and inversion leave the shape as what two views share.
+    "shapes": Recipe(
+        dataset="shapes", stem="small", epochs=8, batch_size=128, warmup_epochs=1, hidden=512, out=512, view_sizes=(32, 32),
+        min_scale=(0.4,), jitter=(0.4, 0.4, 0.4, 0.5), jitter_prob=1.0, gray=0.3, solarize=(0.5,), solarize_threshold=0,
+    ),
+    "cifar10": replace(CIFAR, dataset="cifar10"),
+    "cifar100": replace(CIFAR, dataset="cifar100"),
+    "imagenet100": replace(
+        IMAGENET, arch="resnet18", zero_init_residual=False, epochs=400, batch_size=128, base_lr=0.5, weight_decay=2.5e-5, hidden=4096,
+    ),
+    "imagenet": IMAGENET,
+}
+# fmt: on
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Processes, errors, random numbers
+
+
+def rank_and_world() -> tuple[int, int]:
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def fail(message: str):
+    """One line on stderr from the first process; every process leaves with status 2."""
+    if rank_and_world()[0] == 0:
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def say(message: str):
+    if rank_and_world()[0] == 0:
+        print(message, flush=True)
+
+
+def rng(*key) -> torch.Generator:
+    """A generator that depends on the key alone. Every random number of a run comes from (seed, purpose, step, ...), so
+    there is no generator state to save, and a run does not depend on workers, processes or interruptions."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+def choose_device(name: str) -> torch.device:
+    """--device, or the process's own GPU, or the CPU; joins the other processes if there are any."""
+    rank, world = rank_and_world()
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            fail("--device cuda: torch finds no GPU here")
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        if local >= torch.cuda.device_count():
+            fail(f"process {local} of this node has no GPU of its own: start at most {torch.cuda.device_count()} a node")
+        torch.cuda.set_device(local)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if name == "cuda" else "gloo")
+    return torch.device(name)
+
+
+def choose_precision(name: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """Autocast's type for backbone and projector, and why. The loss is always computed in float32."""
+    if name != "auto":
+        return getattr(torch, name), "by --precision"
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, "the GPU has it"
+        return torch.float16, "the GPU has no bfloat16; gradients are scaled"
+    if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
+        return torch.bfloat16, "the CPU has it in hardware"
+    return torch.float32, "the device has no fast half precision"
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Data: images in memory as uint8 where they are of one size and small enough, else paths that workers read
+
+MEAN_STD = {
+    "shapes": ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "folder": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif"}
+
+
+@dataclass
+class Images:
+    pixels: Tensor | None  # (n, 3, h, w) uint8, on the device, or None where `paths` are read as they are needed
+    paths: list[Path] | None
+    labels: Tensor | None  # (n,) int64
+    classes: list[str]
+
+    def __len__(self) -> int:
+        return len(self.paths) if self.pixels is None else len(self.pixels)
+
+
+class UnreadableImage(Exception):
+    pass
+
+
+def decode(path: Path) -> Tensor:
+    """(3, h, w) uint8."""
+    try:
+        return torchvision.io.decode_image(str(path), mode=torchvision.io.ImageReadMode.RGB)
+    except RuntimeError as error:
+        raise UnreadableImage(f"{path} is no image that can be read: {str(error).splitlines()[0]}") from None
+
+
+SHAPES = ["disc", "ring", "square", "triangle", "cross", "star", "bars", "half-disc"]
+
+
+def shape_level(kind: int, x: Tensor, y: Tensor) -> Tensor:
+    """Positive inside the shape, about the distance to its edge. All kinds have the same area. [test_shapes_...]"""
+    scale = (1.23, 1.25, 1.09, 1.53, 1.27, 1.58, 1.10, 1.56)[kind]
+    x, y = x / scale, y / scale
+    radius, angle = (x * x + y * y).sqrt(), torch.atan2(y, x)
+
+    def polygon(corners: int) -> Tensor:
+        turn = 2 * math.pi / corners
+        return math.cos(turn / 2) - radius * torch.cos(torch.remainder(angle + math.pi / 2, turn) - turn / 2)
+
+    level = [
+        lambda: 0.8 - radius,
+        lambda: 0.23 - (radius - 0.72).abs(),
+        lambda: 0.8 - torch.maximum(x.abs(), y.abs()),
+        lambda: polygon(3),
+        lambda: torch.maximum(torch.minimum(0.95 - x.abs(), 0.3 - y.abs()), torch.minimum(0.3 - x.abs(), 0.95 - y.abs())),
+        lambda: (0.67 + 0.28 * torch.cos(5 * (angle + math.pi / 2)) - radius) * 0.6,
+        lambda: torch.minimum(0.9 - x.abs(), 0.28 - (y.abs() - 0.55).abs()),
+        lambda: torch.minimum(0.95 - ((y - 0.4).square() + x * x).sqrt(), 0.4 - y),
+    ][kind]()
+    return level * scale
+
+
+def draw_shapes(seed: int, indices: range, size: int = 32) -> tuple[Tensor, Tensor]:
+    """Images (n, 3, size, size) uint8 and labels (n,) that depend on (seed, index) alone. The class is the shape; colour,
+    contrast, place, size, rotation, background and noise tell nothing of it. [test_shapes_colour_tells_nothing]"""
+    labels = torch.tensor([i % len(SHAPES) for i in indices])
+    n = len(indices)
+    draws = [rng(seed, "shape", i) for i in indices]
+    u = torch.stack([torch.rand(16, generator=g) for g in draws])[:, :, None, None]  # (n, 16, 1, 1)
+    noise = torch.stack([torch.randn(3, size, size, generator=g) for g in draws])
+    y, x = torch.meshgrid(*[torch.arange(size) * 2 / size + 1 / size - 1] * 2, indexing="ij")  # (size, size) in (-1, 1)
+
+    radius = 0.4 + 0.2 * u[:, 0]  # (n, 1, 1)
+    turn = (u[:, 1] - 0.5) * (math.pi / 4)
+    reach = 0.4
+    dx, dy = x - reach * (2 * u[:, 2] - 1), y - reach * (2 * u[:, 3] - 1)  # (n, size, size)
+    cos, sin = turn.cos() / radius, turn.sin() / radius
+    x_turned, y_turned = cos * dx + sin * dy, cos * dy - sin * dx
+    level = torch.stack([shape_level(int(k), a, b) for k, a, b in zip(labels, x_turned, y_turned)])
+    mask = (0.5 + level * radius * size / 2).clamp(0, 1)[:, None]  # (n, 1, size, size): antialiased over one pixel
+
+    # Light and dark differ by 0.4 to 0.7 of the range; which is the shape's, and both tints, are random.
+    dark, light = 0.05 + 0.25 * u[:, 4:5], 0.7 + 0.25 * u[:, 5:6]  # (n, 1, 1, 1)
+    tint = 0.4 * (u[:, 6:12] - 0.5)  # (n, 6, 1, 1)
+    direction = 2 * math.pi * u[:, 12]
+    background = dark + tint[:, :3] + 0.1 * (direction.cos() * x + direction.sin() * y)[:, None]
+    image = torch.lerp(background, light + tint[:, 3:], mask)
+    image = torch.where(u[:, 13:14] < 0.5, image, 1 - image) + 0.03 * noise
+    return (image.clamp(0, 1) * 255).round().to(torch.uint8), labels
+
+
+def index_folder(folder: Path, labelled: bool) -> tuple[list[Path], Tensor | None, list[str]]:
+    """Image paths below `folder` in sorted order, with labels where its sub-folders are classes."""
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    if not paths:
+        fail(f"{folder} holds no images ({', '.join(sorted(SUFFIXES))})")
+    if not labelled:
+        return paths, None, []
+    stray = next((p for p in paths if p.parent == folder), None)
+    if stray:
+        fail(f"{stray} lies outside the class folders of {folder}")
+    names = [p.relative_to(folder).parts[0] for p in paths]
+    classes = sorted(set(names))
+    position = {name: i for i, name in enumerate(classes)}
+    return paths, torch.tensor([position[name] for name in names]), classes
+
+
+def load_folder(folder: Path, labelled: bool, device: torch.device, cache_mb: int) -> Images:
+    paths, labels, classes = index_folder(folder, labelled)
+    first = decode(paths[0])
+    if first.numel() * len(paths) > cache_mb * 2**20:
+        return Images(None, paths, labels, classes)
+    pixels = torch.empty(len(paths), *first.shape, dtype=torch.uint8)
+    for i, path in enumerate(paths):
+        image = decode(path)
+        if image.shape != first.shape:
+            return Images(None, paths, labels, classes)
+        pixels[i] = image
+    return Images(pixels.to(device), paths, labels, classes)
+
+
+def load_data(dataset: str, data: str | None, seed: int, device: torch.device, cache_mb: int = 1024) -> tuple[Images, Images | None]:
+    """Training and validation images. `data` has train/ and val/ with a folder per class, or is any tree of images."""
+    if dataset == "shapes":
+        if data is not None:
+            fail("the recipe shapes draws its images; for a folder of yours choose another --recipe or --dataset folder")
+        splits = [draw_shapes(seed, range(start, start + n)) for start, n in ((0, 6000), (1_000_000, 1000))]
+        return tuple(Images(pixels.to(device), None, labels, SHAPES) for pixels, labels in splits)
+    if data is None:
+        fail(f"the dataset {dataset} needs --data FOLDER")
+    root = Path(data)
+    if (root / "train").is_dir():
+        train = load_folder(root / "train", True, device, cache_mb)
+        val = load_folder(root / "val", True, device, cache_mb) if (root / "val").is_dir() else None
+        if val and val.classes != train.classes:
+            odd = sorted(set(val.classes) ^ set(train.classes))
+            fail(f"{root}/train and {root}/val have different classes, {odd[0]!r} among them")
+        return train, val
+    if dataset in ("cifar10", "cifar100"):
+        return load_cifar(dataset, root, device)
+    if not root.is_dir():
+        fail(f"--data {root}: no such folder")
+    return load_folder(root, False, device, cache_mb), None
+
+
+def load_cifar(dataset: str, root: Path, device: torch.device) -> tuple[Images, Images]:
+    """torchvision's own format, downloaded where it is not there."""
+    kind = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[dataset]
+    try:
+        if rank_and_world()[0] == 0:
+            kind(root, download=True)
+        if dist.is_initialized():
+            dist.barrier()
+        splits = [kind(root, train=train) for train in (True, False)]
+    except (OSError, RuntimeError) as error:
+        fail(f"--data {root} has neither train/ nor {dataset} in torchvision's format, and its download failed: {error}")
+    return tuple(
+        Images(torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous().to(device), None, torch.tensor(s.targets), s.classes)
+        for s in splits
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Augmentation: crops first (in memory as two matrix products, or in a worker), then colour, batched on the device
+
+
+def crop_boxes(height: int, width: int, scale: tuple[float, float], u: Tensor) -> Tensor:
+    """RandomResizedCrop's boxes (n, 4): top, left, height, width, from uniform u (n, 10, 4): of ten tries the first that
+    fits in the image, else the largest centred box of an allowed aspect ratio."""
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * u[..., 0])  # (n, 10)
+    ratio = ((2 * u[..., 1] - 1) * math.log(4 / 3)).exp()  # in [3/4, 4/3], uniform in its logarithm
+    w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
+    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    top, left = (u[..., 2] * (height - h + 1)).floor(), (u[..., 3] * (width - w + 1)).floor()
+    pick = fits.int().argmax(1, keepdim=True)  # the first try that fits
+    box = torch.stack([b.gather(1, pick)[:, 0] for b in (top, left, h, w)], dim=1)
+    h, w = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
+    whole = torch.tensor([(height - h) // 2, (width - w) // 2, h, w], dtype=box.dtype)
+    return torch.where(fits.any(1, keepdim=True), box, whole)
+
+
+def resize_matrix(start: Tensor, length: Tensor, source: int, target: int) -> Tensor:
+    """(n, target, source): antialiased bicubic resampling of `length` pixels from `start` to `target` pixels, as a matrix.
+    A resized crop of an image is rows @ image @ columns^T."""
+    step = (length / target)[:, None, None]  # (n, 1, 1) source pixels per target pixel
+    stretch = step.clamp_min(1)  # antialiasing: the kernel widens when the image shrinks
+    centre = start[:, None, None] + (torch.arange(target, device=start.device)[:, None] + 0.5) * step  # (n, target, 1)
+    pixel = torch.arange(source, device=start.device) + 0.5  # (source,)
+    t = ((pixel - centre) / stretch).abs()  # (n, target, source)
+    a = -0.5
+    near, far = ((a + 2) * t - (a + 3)) * t * t + 1, ((a * t - 5 * a) * t + 8 * a) * t - 4 * a
+    weight = torch.where(t < 1, near, torch.where(t < 2, far, 0))
+    inside = (pixel > start[:, None, None]) & (pixel < (start + length)[:, None, None])
+    weight = weight * inside
+    return weight / weight.sum(-1, keepdim=True)
+
+
+def resized_crops(images: Tensor, boxes: Tensor, size: int) -> Tensor:
+    """uint8 images (n, 3, h, w) and boxes (n, 4) -> (n, 3, size, size) in [0, 1]."""
+    top, left, height, width = boxes.to(images.device).unbind(1)
+    rows = resize_matrix(top, height, images.shape[2], size)[:, None]  # (n, 1, size, h)
+    columns = resize_matrix(left, width, images.shape[3], size)[:, None]
+    return (rows @ (images.float() / 255 @ columns.mT).clamp(0, 1)).clamp(0, 1)  # overshoot is cut after each pass, as for uint8
+
+
+def gray(x: Tensor) -> Tensor:
+    """(n, 3, h, w) -> (n, 1, h, w)."""
+    return (x * x.new_tensor([0.2989, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
+
+
+def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
+    """Rotate the hue of x (n, 3, h, w) by shift (n, 1, 1, 1) of a full turn, through HSV."""
+    value, _ = x.max(1, keepdim=True)
+    chroma = value - x.amin(1, keepdim=True)
+    r, g, b = x.split(1, 1)
+    safe = torch.where(chroma == 0, 1, chroma)
+    hue = torch.where(value == r, (g - b) / safe, torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
+    k = torch.remainder(hue + 6 * shift + x.new_tensor([5, 3, 1])[:, None, None], 6)  # (n, 3, h, w)
+    return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def blur_matrix(sigma: Tensor, size: int) -> Tensor:
+    """(n, size, size): a Gaussian of `sigma` pixels, cut off at a tenth of the image, with reflected edges."""
+    reach = max(1, size // 20)
+    offset = torch.arange(-reach, reach + 1, device=sigma.device)
+    kernel = (-0.5 * (offset / sigma[:, None]) ** 2).exp()  # (n, 2 reach + 1)
+    kernel = kernel / kernel.sum(1, keepdim=True)
+    position = torch.arange(size, device=sigma.device)[:, None] + offset  # (size, 2 reach + 1)
+    position = (size - 1) - ((size - 1) - position.abs()).abs()  # reflect at both ends
+    matrix = sigma.new_zeros(len(sigma), size, size)
+    return matrix.scatter_add_(2, position.expand(len(sigma), -1, -1), kernel[:, None].expand(-1, size, -1))
+
+
+def augment(x: Tensor, u: Tensor, order: list[int], recipe: Recipe, view: int) -> Tensor:
+    """Colour jitter, grey, blur, solarise, flip and normalise x (n, 3, s, s) in [0, 1]; every choice comes from the
+    uniform numbers u (n, 10), the order of the jitter's four operations from `order`."""
+    u = u.to(x.device)[:, :, None, None, None]  # (n, 10, 1, 1, 1)
+    on = u[:, 0] < recipe.jitter_prob  # (n, 1, 1, 1)
+    strength = [torch.where(on, (2 * u[:, 1 + i] - 1) * s, 0) for i, s in enumerate(recipe.jitter)]
+    for operation in order:
+        amount = strength[operation]
+        if operation == 0:
+            x = (x * (1 + amount)).clamp(0, 1)
+        elif operation == 1:
+            x = torch.lerp(gray(x).mean((2, 3), keepdim=True), x, 1 + amount).clamp(0, 1)
+        elif operation == 2:
+            x = torch.lerp(gray(x), x, 1 + amount).clamp(0, 1)
+        else:
+            x = shift_hue(x, amount)
+    x = torch.where(u[:, 5] < recipe.gray, gray(x), x)
+    if of_view(recipe.blur, view) > 0:
+        matrix = blur_matrix(0.1 + 1.9 * u[:, 7, 0, 0, 0], x.shape[-1])[:, None]  # (n, 1, s, s)
+        x = torch.where(u[:, 6] < of_view(recipe.blur, view), matrix @ x @ matrix.mT, x)
+    inverts = (u[:, 8] < of_view(recipe.solarize, view)) & (x >= recipe.solarize_threshold / 255)
+    x = torch.where(inverts, 1 - x, x)
+    x = torch.where(u[:, 9] < 0.5, x.flip(-1), x)
+    return normalize(x, recipe.dataset)
+
+
+def normalize(x: Tensor, dataset: str) -> Tensor:
+    mean, std = (x.new_tensor(values)[:, None, None] for values in MEAN_STD[dataset])
+    return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+def of_view(values: tuple, view: int):
+    return values[view % len(values)] if len(values) > 1 else values[0]
+
+
+class Decoded(torch.utils.data.Dataset):
+    """Workers' half: decode image i, then make uint8 views of it."""
+
+    def __init__(self, paths: list[Path], views):
+        self.paths, self.views = paths, views
+
+    def __getitem__(self, key):  # key: an index, or (epoch, index)
+        return self.views(decode(self.paths[key if isinstance(key, int) else key[1]]), key)
+
+
+@dataclass
+class RandomCrops:
+    recipe: Recipe
+    seed: int
+
+    def __call__(self, image: Tensor, key: tuple[int, int]) -> list[Tensor]:
+        views = []
+        for v, size in enumerate(self.recipe.view_sizes):
+            scale = of_view(self.recipe.min_scale, v), of_view(self.recipe.max_scale, v)
+            u = torch.rand(1, 10, 4, generator=rng(self.seed, "crop", *key, v))
+            box = crop_boxes(*image.shape[1:], scale, u)[0].int().tolist()
+            views.append(TF.resized_crop(image, *box, [size, size], TF.InterpolationMode.BICUBIC, antialias=True))
+        return views
+
+
+@dataclass
+class CentreCrop:
+    size: int
+
+    def __call__(self, image: Tensor, key: int) -> Tensor:
+        image = TF.resize(image, [round(self.size * 256 / 224)], TF.InterpolationMode.BILINEAR, antialias=True)
+        return TF.center_crop(image, [self.size, self.size])
+
+
+def epoch_order(n: int, seed: int, epoch: int, batch: int) -> Tensor:
+    """(steps, batch): the images of every global batch of an epoch; the same for any number of processes."""
+    return torch.randperm(n, generator=rng(seed, "order", epoch))[: n // batch * batch].view(-1, batch)
+
+
+def training_views(images: Images, recipe: Recipe, seed: int, step: int, workers: int, device: torch.device):
+    """Endless: for every step from `step` on, this process's share of each view, (b, 3, s, s), augmented."""
+    rank, world = rank_and_world()
+    share = slice(rank * recipe.batch_size // world, (rank + 1) * recipe.batch_size // world)
+    steps = len(images) // recipe.batch_size
+    while True:
+        epoch, first = divmod(step, steps)
+        order = epoch_order(len(images), seed, epoch, recipe.batch_size)[first:, share]  # (steps left, b)
+        if images.pixels is None:
+            keys = [[(epoch, i) for i in row] for row in order.tolist()]
+            loader = torch.utils.data.DataLoader(
+                Decoded(images.paths, RandomCrops(recipe, seed)), batch_sampler=keys, num_workers=workers,
+                pin_memory=device.type == "cuda", prefetch_factor=4 if workers else None,
+            )  # fmt: skip
+            batches = ([v.to(device, non_blocking=True).float() / 255 for v in views] for views in loader)
+        else:
+            batches = (memory_crops(images.pixels, rows, recipe, seed, step + i, share) for i, rows in enumerate(order))
+        for views in batches:
+            yield [
+                augment(
+                    x,
+                    torch.rand(recipe.batch_size, 10, generator=rng(seed, "colour", step, v))[share],
+                    torch.randperm(4, generator=rng(seed, "jitter order", step, v)).tolist(),
+                    recipe,
+                    v,
+                )
+                for v, x in enumerate(views)
+            ]
+            step += 1
+
+
+def memory_crops(pixels: Tensor, rows: Tensor, recipe: Recipe, seed: int, step: int, share: slice) -> list[Tensor]:
+    """Random resized crops (b, 3, s, s) of the images `rows` that lie on the device."""
+    batch, views = pixels[rows.to(pixels.device)], []
+    for v, size in enumerate(recipe.view_sizes):
+        scale = of_view(recipe.min_scale, v), of_view(recipe.max_scale, v)
+        u = torch.rand(recipe.batch_size, 10, 4, generator=rng(seed, "crop", step, v))[share]
+        views.append(resized_crops(batch, crop_boxes(*pixels.shape[2:], scale, u), size))
+    return views
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Network
+
+
+def build_backbone(arch: str, stem: str, zero_init_residual: bool = False) -> tuple[nn.Module, int]:
+    """A torchvision ResNet without its classifier, and the width of its features."""
+    if not hasattr(torchvision.models, arch) or not arch.startswith(("resnet", "wide_resnet", "resnext")):
+        fail(f"--arch {arch}: not a ResNet of torchvision (resnet18, resnet50, wide_resnet50_2, ...)")
+    net = getattr(torchvision.models, arch)(weights=None, zero_init_residual=zero_init_residual)
+    width = net.fc.in_features
+    net.fc = nn.Identity()
+    if stem != "imagenet":
+        net.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1 if stem == "cifar" else 2, padding=1, bias=False)
+        nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
+    if stem == "cifar":
+        net.maxpool = nn.Identity()
+    return net, width
+
+
+class Network(nn.Module):
+    """Backbone and projector. Takes the list of views, so that DistributedDataParallel sees one forward pass; every BN
+    still sees one view at a time."""
+
+    def __init__(self, recipe: Recipe):
+        super().__init__()
+        self.backbone, width = build_backbone(recipe.arch, recipe.stem, recipe.zero_init_residual)
+        self.projector = nn.Sequential(
+            nn.Linear(width, recipe.hidden, bias=False), nn.BatchNorm1d(recipe.hidden), nn.ReLU(inplace=True),
+            nn.Linear(recipe.hidden, recipe.hidden, bias=False), nn.BatchNorm1d(recipe.hidden), nn.ReLU(inplace=True),
+            nn.Linear(recipe.hidden, recipe.out),
+        )  # fmt: skip
+
+    def forward(self, views: list[Tensor]) -> list[Tensor]:  # V times (b, 3, s, s) -> V times (b, out)
+        return [self.projector(self.backbone(v)) for v in views]
+
+
+class SpectralLoss(nn.Module):
+    """2 - 2 cos between views transformed by an exact spectral transformation l^(-p), over the global batch."""
+
+    def __init__(self, p: float, axis: str):
+        super().__init__()
+        self.p, self.axis, self.parts = p, axis, {}
+
+    def forward(self, views: list[Tensor], teacher: Tensor | None = None) -> Tensor:
+        z = gather(torch.stack(views if teacher is None else [teacher.detach(), *views]).float())  # (V, m, d)
+        z_hat = spectral_transform(z, power(self.p), axis=self.axis)
+        loss = 2 - 2 * cosine_similarity(z_hat[1:], z_hat[:1], dim=-1).mean()
+        self.parts = {"alignment": loss.detach()}
+        world = rank_and_world()[1]
+        return loss.detach() + world * (loss - loss.detach())  # undo the average of DistributedDataParallel
+
+
+def build_criterion(recipe: Recipe) -> nn.Module:
+    name, _, exponent = recipe.loss.partition(":")
+    if name in ("intl", "iternorm"):
+        return INTLLoss(iterations=recipe.iterations, axis=recipe.axis, beta=0.0 if name == "iternorm" else recipe.beta)
+    if name == "cwrgp":
+        return CWRGPLoss(groups=recipe.groups, sub_batch=recipe.sub_batch)
+    try:
+        return SpectralLoss({"whiten": 0.5, "none": 0.0}.get(name) if not exponent else float(exponent), recipe.axis)
+    except (TypeError, ValueError):
+        fail(f"--loss {recipe.loss}: choose intl, iternorm, whiten, power:P (P a number), cwrgp or none")
+
+
+def build_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    decays = [p for p in network.parameters() if recipe.decay_all or p.ndim > 1]
+    spared = [p for p in network.parameters() if not (recipe.decay_all or p.ndim > 1)]
+    groups = [{"params": decays, "weight_decay": recipe.weight_decay}, {"params": spared, "weight_decay": 0.0}]
+    return torch.optim.SGD([g for g in groups if g["params"]], lr=0.0, momentum=0.9)
+
+
+def learning_rate(step: int, steps: int, recipe: Recipe) -> float:
+    """Of step 0, 1, ...: linear warm-up, then a cosine down to final_lr. `steps`: those of one epoch."""
+    peak, warmup, total = recipe.base_lr * recipe.batch_size / 256, recipe.warmup_epochs * steps, recipe.epochs * steps
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    cosine = (1 + math.cos(math.pi * (step + 1 - warmup) / (total - warmup))) / 2
+    return peak * (recipe.final_lr + (1 - recipe.final_lr) * cosine)
+
+
+def teacher_momentum(step: int, steps: int, recipe: Recipe) -> float:
+    """From ema at step 0 to 1 at the end, by a cosine."""
+    return 1 - (1 - recipe.ema) * (1 + math.cos(math.pi * step / (recipe.epochs * steps))) / 2
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Evaluation: features of a frozen backbone, and nearest neighbours among them
+
+
+@torch.no_grad()
+def encode(backbone: nn.Module, images: Images, dataset: str, size: int, chosen: Tensor, device, dtype=torch.float32, workers=2) -> Tensor:
+    """Features (n, width) in float32 on the CPU of the `chosen` images (n,), computed by all processes in eval mode."""
+    rank, world = rank_and_world()
+    mine, was_training = chosen[rank::world].tolist(), backbone.training
+    backbone.eval()
+    if images.pixels is None:
+        batches = torch.utils.data.DataLoader(Decoded(images.paths, CentreCrop(size)), batch_size=128, sampler=mine, num_workers=workers)
+    else:
+        batches = (images.pixels[i] for i in torch.tensor(mine, device=images.pixels.device).split(128))
+    features = []
+    for x in batches:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            features.append(backbone(normalize(x.to(device).float() / 255, dataset)).float().cpu())
+    backbone.train(was_training)
+    features = torch.cat(features) if features else torch.empty(0, 0)
+    if world == 1:
+        return features
+    shares = [None] * world
+    dist.all_gather_object(shares, features)
+    result = torch.empty(len(chosen), max(s.shape[1] for s in shares))
+    for r, s in enumerate(shares):
+        result[r::world] = s.view(-1, result.shape[1])
+    return result
+
+
+def knn_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, k: int = 5) -> float:
+    """Top-1 in percent of a vote of the k nearest by Euclidean distance (a tie goes to the smaller label)."""
+    bank, right = bank.double(), 0
+    for q, y in zip(queries.double().split(512), labels.split(512)):
+        nearest = torch.cdist(q, bank).topk(min(k, len(bank)), largest=False).indices  # (b, k)
+        votes = torch.nn.functional.one_hot(bank_labels[nearest], int(bank_labels.max()) + 1).sum(1)  # (b, classes)
+        right += int((votes.argmax(1) == y).sum())
+    return 100 * right / len(labels)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Checkpoints: tensors and primitives only, never half-written
+
+
+def save_atomically(data, path: Path):
+    """Write beside `path`, flush to the disk, then rename: `path` always holds a complete file."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        torch.save(data, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path: Path, device="cpu") -> dict:
+    """A file of tensors and primitives; anything else is refused, and nothing in it is executed."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except pickle.UnpicklingError:
+        fail(f"{path} holds more than tensors and numbers; it is not loaded, since unpickling it could run code")
+    except (OSError, RuntimeError, EOFError, KeyError, ValueError) as error:
+        fail(f"{path} cannot be read as a checkpoint ({str(error).splitlines()[0]}); delete it or give --fresh")
+
+
+class Log:
+    """Lines on the terminal, the same as JSON in log.jsonl, and scalars for TensorBoard."""
+
+    def __init__(self, folder: Path, step: int):
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only the first process writes
+
+        self.path = folder / "log.jsonl"
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        kept = [line for line in lines if json.loads(line).get("step", 0) <= step] if step else []
+        self.path.write_text("".join(line + "\n" for line in kept))  # what came after the checkpoint will come again
+        self.board = SummaryWriter(folder, purge_step=step)
+
+    def write(self, text: str, **values):
+        say(text)
+        with open(self.path, "a") as file:
+            file.write(json.dumps(values) + "\n")
+        for name, value in values.items():
+            if isinstance(value, (int, float)) and name != "step":
+                self.board.add_scalar(name, value, values["step"])
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Recipe]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="shapes", choices=RECIPES, help="published settings (default: shapes)")
+    parser.add_argument("--data", help="folder with train/ and val/, or any tree of images; not for shapes")
+    parser.add_argument("--output", help="folder of the run (default: runs/<recipe>)")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights, the order and the augmentation")
+    parser.add_argument("--fresh", action="store_true", help="start over; an earlier run is kept under another name")
+    parser.add_argument("--max-steps", type=int, help="stop after this many steps of the schedule")
+    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that decode images, for each process")
+    parser.add_argument("--cache-mb", type=int, default=1024, help="keep images of one size in memory up to this many MiB")
+    parser.add_argument("--log-every", type=int, default=10, help="steps between two lines")
+    parser.add_argument("--save-every", type=int, default=1, help="epochs between two checkpoints")
+    parser.add_argument("--knn-images", type=int, default=20_000, help="at most this many training images vote in the k-NN; 0: no k-NN")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--precision", default="auto", choices=["auto", "bfloat16", "float16", "float32"])
+    parser.add_argument("--compile", action="store_true", help="torch.compile the backbone")
+    group = parser.add_argument_group("fields of a recipe (default: the recipe's)")
+    for f in fields(Recipe):
+        name, kind = "--" + f.name.replace("_", "-"), f.type
+        options = dict(f.metadata, default=argparse.SUPPRESS)
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            inner = next((t for t in (int, float, str) if str(t.__name__) in str(kind)), str)
+            options |= {"type": inner} | ({"nargs": "+"} if "tuple" in str(kind) else {})
+        group.add_argument(name, **options)
+    args = parser.parse_args(argv)
+    changed = {f.name: getattr(args, f.name) for f in fields(Recipe) if hasattr(args, f.name)}
+    changed = {k: tuple(v) if isinstance(v, list) else v for k, v in changed.items()}
+    return args, replace(RECIPES[args.recipe], **changed)
+
+
+def check(recipe: Recipe, args: argparse.Namespace):
+    """Whatever can be known to be wrong before any work is done."""
+    _, world = rank_and_world()
+    views = len(recipe.view_sizes)
+    if recipe.batch_size % world:
+        below = recipe.batch_size // world * world
+        fail(
+            f"--batch-size {recipe.batch_size} is the global batch and must be divisible by the {world} processes: {below} or {below + world} would be"
+        )
+    if recipe.batch_size < 2 or recipe.batch_size // world < 2:
+        fail(f"--batch-size {recipe.batch_size} on {world} processes: BatchNorm needs at least 2 images on each")
+    if views < 2:
+        fail("--view-sizes needs at least two views")
+    for name in ("min_scale", "max_scale", "blur", "solarize"):
+        if len(getattr(recipe, name)) not in (1, views):
+            fail(f"--{name.replace('_', '-')} takes one number or one for each of the {views} views")
+    if len(recipe.jitter) != 4:
+        fail("--jitter takes four numbers: brightness, contrast, saturation, hue")
+    for name in ("epochs", "hidden", "out", "iterations"):
+        if getattr(recipe, name) < 1:
+            fail(f"--{name} must be at least 1")
+    if recipe.ema is not None and recipe.loss == "cwrgp":
+        fail("--loss cwrgp compares all pairs of views and has no teacher: leave --ema out")
+
+
+def resume_point(folder: Path, config: dict, fresh: bool) -> dict | None:
+    """The checkpoint to go on from, or None for a new run. A folder with something else in it is left alone."""
+    if fresh and folder.exists() and rank_and_world()[0] == 0:
+        aside = next(p for i in itertools.count(1) if not (p := folder.with_name(f"{folder.name}.{i}")).exists())
+        folder.rename(aside)
+        say(f"--fresh: the earlier run is kept as {aside}")
+    if not folder.exists() or fresh or not any(folder.iterdir()):
+        return None
+    if not (folder / "config.json").exists():
+        fail(f"{folder} is not empty and holds no run of this script: choose another --output")
+    try:
+        before = json.loads((folder / "config.json").read_text())
+    except ValueError:
+        fail(f"{folder}/config.json is damaged: choose another --output or give --fresh")
+    now = json.loads(json.dumps(config))
+    differing = [
+        f"{k}: {before.get(k)} there, {now.get(k)} here" for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)
+    ]
+    if differing:
+        fail(f"{folder} holds a run of another configuration ({'; '.join(differing)}): choose another --output or give --fresh")
+    return load_checkpoint(folder / "checkpoint.pt") if (folder / "checkpoint.pt").exists() else None
+
+
+def main(argv: list[str] | None = None):
+    args, recipe = parse(argv)
+    rank, world = rank_and_world()
+    check(recipe, args)
+    criterion = build_criterion(recipe)
+    folder = Path(args.output or f"runs/{args.recipe}")
+    device = choose_device(args.device)
+    dtype, reason = choose_precision(args.precision, device)
+    train, val = load_data(recipe.dataset, args.data, args.seed, device, args.cache_mb)
+    if len(train) < recipe.batch_size:
+        fail(f"{len(train)} training images are fewer than one batch of {recipe.batch_size}: lower --batch-size")
+    steps = len(train) // recipe.batch_size
+    total = recipe.epochs * steps
+    config = dataclasses.asdict(recipe) | {"recipe": args.recipe, "seed": args.seed, "images": len(train)}
+    saved = resume_point(folder, config, args.fresh)
+    if dist.is_initialized():
+        dist.barrier()  # all have looked at the folder before the first process writes to it
+
+    torch.manual_seed(args.seed)
+    network = Network(recipe).to(device, memory_format=torch.channels_last)
+    backbone = network.backbone
+    teacher = copy.deepcopy(network).requires_grad_(False) if recipe.ema is not None else None
+    model = network
+    if world > 1:
+        if device.type == "cuda":  # SyncBatchNorm works on GPUs alone; on CPUs every process normalises by its own share
+            network = model = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+            backbone = network.backbone
+            teacher = nn.SyncBatchNorm.convert_sync_batchnorm(teacher) if teacher else None
+        model = nn.parallel.DistributedDataParallel(network, device_ids=[device.index] if device.index is not None else None)
+    if args.compile:
+        backbone.compile()
+    optimizer = build_optimizer(network, recipe)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    step = 0
+    if saved:
+        step = saved["step"]
+        network.load_state_dict(saved["network"])
+        optimizer.load_state_dict(saved["optimizer"])
+        scaler.load_state_dict(saved["scaler"])
+        if teacher:
+            teacher.load_state_dict(saved["teacher"])
+
+    log = None
+    if rank == 0:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+            log = Log(folder, step)
+        except OSError as error:
+            fail(f"--output {folder} cannot be written: {error}")
+    weights = sum(p.numel() for p in network.parameters())
+    say(
+        f"{args.recipe}: {len(train)} images, {recipe.epochs} epochs of {steps} steps, global batch {recipe.batch_size} on {world} process(es)"
+    )
+    say(f"{recipe.arch} with projector {recipe.hidden}-{recipe.hidden}-{recipe.out}, {weights / 1e6:.1f} M parameters; loss {recipe.loss}; "
+        f"learning rate {recipe.base_lr} x {recipe.batch_size}/256 = {recipe.base_lr * recipe.batch_size / 256:g}")  # fmt: skip
+    say(
+        f"{device}, {dtype} ({reason}); images {'in memory' if train.pixels is not None else f'read by {args.workers} workers'}; output {folder}"
+    )
+
+    # Evaluation each epoch: features of at most --knn-images training images and of the validation images.
+    voters = torch.randperm(len(train), generator=rng(args.seed, "voters"))[: args.knn_images]
+    size = recipe.view_sizes[0]
+
+    def evaluate(epoch: int, embedding: Tensor | None):
+        numbers, started = {"step": step, "epoch": epoch}, time.time()
+        probe = val if val is not None else train
+        chosen = torch.arange(min(len(probe), 10_000)) if val is not None else voters[:2000]
+        queries = encode(backbone, probe, recipe.dataset, size, chosen, device, dtype, args.workers)
+        numbers["feature_rank"] = effective_rank(queries).item()
+        if val is not None and len(voters):
+            bank = encode(backbone, train, recipe.dataset, size, voters, device, dtype, args.workers)
+            numbers["knn_top1"] = knn_accuracy(bank, train.labels[voters], queries, val.labels[chosen])
+        if embedding is not None:
+            z = gather(embedding.detach().float())
+            numbers |= {"embedding_rank": effective_rank(z).item(), "embedding_condition": condition_number(z).item()}
+            if log:
+                log.board.add_histogram("log10 of embedding eigenvalues", spectrum(z).clamp_min(1e-12).log10(), step)
+        numbers["evaluation_seconds"] = time.time() - started
+        text = "  ".join([f"5-NN top-1 {numbers['knn_top1']:.1f} %"] if "knn_top1" in numbers else [])
+        text += f"  effective rank: features {numbers['feature_rank']:.1f} of {queries.shape[1]}"
+        if embedding is not None:
+            text += f", embedding {numbers['embedding_rank']:.1f} of {min(z.shape)}, condition number {numbers['embedding_condition']:.3g}"
+        if log:
+            log.write(f"epoch {epoch}/{recipe.epochs}  {text.strip()}", **numbers)
+        return numbers.get("knn_top1")
+
+    knn = {"random": saved["random_knn"], "trained": saved["trained_knn"]} if saved else {}
+    if saved:
+        say(f"resuming at step {step} of {total}")
+    else:
+        knn["random"] = knn["trained"] = evaluate(0, None)
+    last = min(total, args.max_steps or total)
+    views = training_views(train, recipe, args.seed, step, args.workers, device)
+    started, waited, done = time.time(), 0.0, 0
+    model.train()
+    while step < last:
+        before = time.time()
+        try:
+            batch = next(views)
+        except UnreadableImage as error:
+            fail(str(error).strip().splitlines()[-1].removeprefix("train.UnreadableImage: "))
+        waited += time.time() - before
+
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, recipe)
+        anchor = None
+        if teacher:
+            momentum = teacher_momentum(step, steps, recipe)
+            with torch.no_grad():
+                torch._foreach_lerp_(list(teacher.parameters()), list(network.parameters()), 1 - momentum)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            if teacher:
+                with torch.no_grad():
+                    anchor = teacher([batch[0]])[0].float()
+                batch = batch[1:]
+            embeddings = [z.float() for z in model(batch)]
+        loss = criterion(embeddings, anchor) if teacher else criterion(embeddings)
+        if recipe.orthogonality:
+            weight = recipe.orthogonality_weight or {"so": 1e-6, "srip": 1e-3}[recipe.orthogonality]
+            loss = loss + weight * orthogonality_penalty(backbone, recipe.orthogonality)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        step, done = step + 1, done + 1
+
+        epoch_ends = step % steps == 0 or step == last
+        if step % args.log_every == 0 or epoch_ends:
+            numbers = {k: float(v) for k, v in {"loss": loss.detach(), **getattr(criterion, "parts", {})}.items()}
+            if not math.isfinite(numbers["loss"]):
+                fail(
+                    f"the loss is not finite at step {step}: {numbers}; the last checkpoint in {folder} is kept. Try a lower --base-lr or --precision float32"
+                )
+            seconds = time.time() - started
+            numbers |= {"step": step, "epoch": step / steps, "lr": optimizer.param_groups[0]["lr"]}
+            numbers |= {"images_per_second": done * recipe.batch_size / seconds, "waiting": waited / seconds}
+            if log:
+                log.write(progress(numbers, recipe, total, (last - step) * seconds / done), **numbers)
+        if epoch_ends:
+            paused = time.time()
+            knn["trained"] = evaluate(math.ceil(step / steps), embeddings[-1])
+            if rank == 0 and (math.ceil(step / steps) % args.save_every == 0 or step == last):
+                state = {"config": config, "step": step, "network": network.state_dict(), "optimizer": optimizer.state_dict()}
+                state |= {"scaler": scaler.state_dict(), "teacher": teacher.state_dict() if teacher else None}
+                state |= {"random_knn": knn["random"], "trained_knn": knn["trained"]}
+                try:
+                    save_atomically(state, folder / "checkpoint.pt")
+                    save_atomically({k: v.cpu().contiguous() for k, v in backbone.state_dict().items()}, folder / "backbone.pt")
+                except (OSError, RuntimeError) as error:
+                    fail(f"the checkpoint could not be written to {folder} ({error}); the one before it is untouched")
+            started += time.time() - paused
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+    if knn["trained"] is not None:
+        say(
+            f"5-NN top-1 on {len(val)} held-out images: random network {knn['random']:.1f} %, after {step / steps:g} epochs {knn['trained']:.1f} %"
+        )
+    say(f"backbone: {folder / 'backbone.pt'}; evaluate it with: python linear_eval.py --checkpoint {folder / 'checkpoint.pt'}"
+        + (f" --data {args.data}" if args.data else ""))  # fmt: skip
+
+
+def progress(numbers: dict, recipe: Recipe, total: int, remaining: float) -> str:
+    """epoch 3.20/8  step 147/368  loss 21.3 (alignment 0.61, trace 4.1 above its floor 209.6, score 0.97)  ..."""
+    parts = [f"alignment {numbers['alignment']:.3f}"] if "alignment" in numbers else []
+    if "trace" in numbers:
+        parts.append(f"trace {numbers['trace'] - numbers['floor']:.2f} above its floor {numbers['floor']:.1f}")
+        parts.append(f"score {numbers['score']:.3f}")
+    hours, minutes = divmod(round(remaining / 60), 60)
+    eta = f"{hours} h {minutes:02d} min" if hours else f"{remaining / 60:.1f} min"
+    return (
+        f"epoch {numbers['epoch']:.2f}/{recipe.epochs}  step {numbers['step']}/{total}  loss {numbers['loss']:.3f} ({', '.join(parts)})  "
+        f"lr {numbers['lr']:.4f}  {numbers['images_per_second']:.0f} images/s, {100 * numbers['waiting']:.0f} % waiting  ETA {eta}"
+    )
+
+
+if __name__ == "__main__":
+    main()
