@@ -1,25 +1,20 @@
 """INTL: IterNorm with trace loss, and the spectral transformations around it. Needs torch alone; copy this file.
 
-    criterion = INTLLoss()                        # two views of a batch, embedded: (m, d) each
-    criterion([z1, z2]).backward()                # on one process or under DistributedDataParallel
+    INTLLoss()([z1, z2]).backward()    # two views (m, d), on one process or under DistributedDataParallel
+    python intl.py [--plot FILE]       # the paper's point as a table, and a picture, on a CPU in under 30 s
+    python intl.py --benchmark         # time and memory beside the bare matrix products
 
-    python intl.py                                # the paper's point as a table: 25 s on a 2-core CPU
-    python intl.py --plot toy.png                 # the same as a picture (needs matplotlib)
-    python intl.py --benchmark                    # time and memory beside the bare matrix products
-
-Sources. INTL: Weng et al., "Modulate Your Spectrum in Self-Supervised Learning", ICLR 2024, arXiv 2305.16789.
+INTL: Weng et al., "Modulate Your Spectrum in Self-Supervised Learning", ICLR 2024, arXiv 2305.16789.
 CW-RGP: Weng et al., "An Investigation into Whitening Loss for Self-supervised Learning", NeurIPS 2022, arXiv 2210.03586.
-OR: He et al., "Preventing Dimensional Collapse ... via Orthogonality Regularization", NeurIPS 2024, arXiv 2411.00392.
+OR: He et al., "Preventing Dimensional Collapse in Self-Supervised Learning via Orthogonality Regularization", NeurIPS
+2024, arXiv 2411.00392. Names in [brackets] are the tests in test_intl.py that hold a claim.
 
-Where the paper, the official code and this file differ:
-- The paper writes an embedding as d x m; the official code and this file as m x d, samples in rows.
-- The paper describes batch whitening; every official script runs channel whitening (axis=0 there). Both are here, by name.
-- The official iteration P <- 1.5 P - 0.5 P^3 N is unstable in float32 beyond T of about 9; the coupled form of section 3 is not.
-- The official loss is computed under autocast, and a constant batch divides by zero there; here half-precision input is
-  raised to float32, autocast is switched off, and a constant batch gives a finite loss and gradient.
-- The official code always forms the Gram matrix of the chosen axis; this file forms the smaller one (section 1).
-
-Names in [brackets] are the tests in test_intl.py that hold a claim.
+Where the official code and the paper differ, and what this file does:
+- The paper writes an embedding as d x m, the code and this file as m x d: samples in rows.
+- The paper describes batch whitening; every official script runs channel whitening (there `axis=0`). Here both, by name.
+- The code iterates P <- 1.5 P - 0.5 P^3 N, which explodes in float32 from T = 12 on; here the coupled form (section 3).
+- The code whitens under autocast, and a constant batch gives NaN; here float32 and finite values. [test_collapsed_...]
+- The code forms the Gram matrix of the chosen axis; here the smaller one, or no embedding at all (sections 1 and 6).
 """
 
 import argparse
@@ -33,19 +28,18 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# ------------------------------------------------------------------------------------------------------------------
-# 1. Notation: embeddings, centring, and the smaller Gram matrix
+# --- 1. Notation, centring, and the smaller Gram matrix -------------------------------------------------------------
 #
 # An embedding z is (m, d): m samples in rows, d channels in columns. V views of a batch are (V, m, d).
-#   axis "batch":   centre every channel over the m samples;  S = zc^T zc / (m - 1), d x d: the covariance of the channels.
-#   axis "channel": centre every sample over its d channels;  S = zc zc^T / (d - 1), m x m: the covariance of the samples.
-# For every polynomial p, and so for every function of the eigenvalues,  zc p(zc^T zc) = p(zc zc^T) zc.  Either axis can
-# therefore be computed on whichever Gram matrix is smaller, min(m, d) on a side, with the same result; the axes differ
-# only in what is centred and in the divisor. [test_both_gram_matrices_give_the_same_transform]
+#   axis "batch":   centre every channel over the m samples;  S = zc^T zc / (m - 1), d x d: covariance of the channels.
+#   axis "channel": centre every sample over its d channels;  S = zc zc^T / (d - 1), m x m: covariance of the samples.
+# For every polynomial p, and so for every function of the eigenvalues,  zc p(zc^T zc) = p(zc zc^T) zc.  Either axis
+# can therefore be computed on whichever Gram matrix is smaller, with the same result: the axes differ only in what is
+# centred and in the divisor. [test_both_gram_matrices_give_the_same_transform]
 
 
 def _checked(z: Tensor, axis: str) -> Tensor:
-    """z in float32 or float64, or a ValueError that names the shape. A covariance in half precision is 0.7 % wrong."""
+    """z in float32 or float64 (a covariance in bfloat16 is 0.7 % off), or a ValueError that names the shape."""
     if not z.is_floating_point() or z.dim() not in (2, 3):
         raise ValueError(f"embeddings must be floating-point (m, d) or (V, m, d), got {z.dtype} {tuple(z.shape)}")
     if min(z.shape[-2:]) < 2:
@@ -55,19 +49,28 @@ def _checked(z: Tensor, axis: str) -> Tensor:
     return z.to(torch.promote_types(z.dtype, torch.float32))
 
 
-def _no_autocast(z: Tensor) -> torch.autocast:
-    return torch.autocast(z.device.type, enabled=False)
-
-
 def _centre(z: Tensor, axis: str) -> tuple[Tensor, int]:
-    """z centred along the axis (..., m, d), and the divisor of its covariance. (z - z.mean() has the same value, but its
-    backward pass makes two more arrays of the size of z.)"""
+    """z centred along the axis (..., m, d), and the divisor of its covariance."""
     dim = -1 if axis == "channel" else -2
-    return z + z.sum(dim, keepdim=True) * (-1 / z.shape[dim]), z.shape[dim] - 1
+    return z + z.sum(dim, keepdim=True) * (-1 / z.shape[dim]), z.shape[dim] - 1  # z - z.mean(): a slower backward
+
+
+class _Gram(torch.autograd.Function):
+    """x x^T: (..., n, k) -> (..., n, n). Autograd would take the factors for two matrices and need two products in the
+    backward pass; the sum of its two terms is one, (D + D^T) x. [test_gradcheck]"""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x @ x.mT
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return (grad + grad.mT) @ ctx.saved_tensors[0]
 
 
 def _gram(zc: Tensor) -> Tensor:
-    """The smaller of zc zc^T and zc^T zc."""
+    """The smaller of zc zc^T and zc^T zc: (..., n, n), n = min(m, d)."""
     return _Gram.apply(zc if zc.shape[-2] <= zc.shape[-1] else zc.mT)
 
 
@@ -76,38 +79,18 @@ def _apply(f: Tensor, zc: Tensor) -> Tensor:
     return f @ zc if zc.shape[-2] <= zc.shape[-1] else zc @ f
 
 
-class _Gram(torch.autograd.Function):
-    """x x^T. Autograd would treat the two factors as different matrices and spend two products on the backward pass;
-    the sum of its two terms is one product, (D + D^T) x. [test_gradcheck]"""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:  # (..., n, k) -> (..., n, n)
-        ctx.save_for_backward(x)
-        return x @ x.mT
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return (grad + grad.mT) @ x
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# 2. Spectral transformations: z_hat = zc U diag(g(l)) U^T, for S = U diag(l) U^T and any function g of the eigenvalues
+# --- 2. Spectral transformations: z_hat = zc U diag(g(l)) U^T, where S = U diag(l) U^T ------------------------------
 #
-# cov(z_hat) = U diag(l g(l)^2) U^T: a spectral transformation reshapes the spectrum and leaves the eigenvectors alone.
+# cov(z_hat) = U diag(l g(l)^2) U^T: a function g of the eigenvalues reshapes the spectrum and keeps the eigenvectors.
 # Whitening is the instance g(l) = l^(-1/2). The paper's first finding: l^(-p) keeps an embedding from collapsing for p
-# near 1/2, and does not for small p; whitening is not special.
+# near 1/2 and not for small p, so whitening is not special. [test_demonstration]
 
 
 class _MatrixFunction(torch.autograd.Function):
-    """F(S) = U diag(g(l)) U^T for symmetric S. Hand-written, because autograd through eigh divides by l_i - l_j: NaN for
-    repeated eigenvalues, and S has zeros among them whenever m <= d. The eigenvectors within a repeated eigenvalue are
-    arbitrary, but F(S) is smooth there; with D = U^T dS U its differential (Daleckii and Krein) is
-
-        U (K o D) U^T,   K_ij = (g_i - g_j) / (l_i - l_j),  or the derivative where the two coincide.
-
-    g may also depend on all eigenvalues at once, e.g. on their sum; hence its whole Jacobian J. [test_gradcheck]
-    """
+    """U diag(g(l)) U^T of a symmetric S. Hand-written because autograd through eigh divides by l_i - l_j: NaN for equal
+    eigenvalues, and m <= d always gives S equal ones, zero. The transform is smooth there (Daleckii and Krein): with
+    D = U^T dS U its differential is U (K o D) U^T, K_ij = (g_i - g_j) / (l_i - l_j), or the derivative where the two
+    coincide. g may depend on all eigenvalues, e.g. on their sum; hence its Jacobian J. [test_gradcheck]"""
 
     @staticmethod
     def forward(ctx, S: Tensor, g: Callable[[Tensor], Tensor]) -> Tensor:
@@ -116,18 +99,17 @@ class _MatrixFunction(torch.autograd.Function):
         l = torch.where(l > n * eps * l[..., -1:], l, 0)  # directions without variance, up to rounding
         s, vjp = torch.func.vjp(g, l)  # (..., n)
         if s.shape != l.shape:
-            raise ValueError(f"g must map eigenvalues {tuple(l.shape)} to scales of that shape, got {tuple(s.shape)}")
+            raise ValueError(f"g must map eigenvalues {tuple(l.shape)} to as many scales, got {tuple(s.shape)}")
         s = torch.where(s.isfinite(), s, 0)  # 0^(-p): such a direction carries nothing and stays zero
         if ctx.needs_input_grad[0]:
             rows = torch.eye(n, dtype=l.dtype, device=l.device).reshape(n, *[1] * (l.dim() - 1), n).expand(n, *l.shape)
             J = torch.vmap(vjp)(rows)[0].movedim(0, -2)  # (..., n, n): J_ij = dg_i / dl_j
             J = torch.where(J.isfinite(), J, 0)
-            own = J.diagonal(dim1=-2, dim2=-1)
-            gap = l.unsqueeze(-1) - l.unsqueeze(-2)
-            # Below a relative gap of eps^(1/3) the derivative is more accurate than the quotient of rounded differences.
-            near = gap.abs() <= eps ** (1 / 3) * torch.maximum(l.unsqueeze(-1), l.unsqueeze(-2))
-            limit = (own.unsqueeze(-1) + own.unsqueeze(-2) - J - J.mT) / 2  # zero on the diagonal: J handles that
-            K = torch.where(near, limit, (s.unsqueeze(-1) - s.unsqueeze(-2)) / torch.where(near, 1, gap))
+            own, li, lj = J.diagonal(dim1=-2, dim2=-1), l.unsqueeze(-1), l.unsqueeze(-2)
+            # Below a relative gap of eps^(1/3) the derivative is more accurate than the quotient of rounded numbers.
+            near = (li - lj).abs() <= eps ** (1 / 3) * torch.maximum(li, lj)
+            limit = (own.unsqueeze(-1) + own.unsqueeze(-2) - J - J.mT) / 2  # (..., n, n), zero on the diagonal
+            K = torch.where(near, limit, (s.unsqueeze(-1) - s.unsqueeze(-2)) / torch.where(near, 1, li - lj))
             ctx.save_for_backward(U, K, J)
         return (U * s.unsqueeze(-2)) @ U.mT
 
@@ -141,14 +123,13 @@ class _MatrixFunction(torch.autograd.Function):
 
 
 def spectral_transform(z: Tensor, g: Callable[[Tensor], Tensor], *, axis: str = "channel") -> Tensor:
-    """The exact spectral transformation of z, (m, d) or (V, m, d), by g; same shape (INTL paper, section 3).
+    """The exact spectral transformation by g of z, (m, d) or (V, m, d); same shape.
 
-    g: maps eigenvalues (..., n), n = min(m, d), ascending, to scales of the same shape, by torch operations. Where g is
-    infinite (zero eigenvalues under l^(-p)) the output stays zero. Computed in float64, since the small eigenvalues of
-    a Gram matrix lose twice the digits. Differentiable once. Raises ValueError for a wrong shape or axis.
-    """
+    g maps eigenvalues (..., n), n = min(m, d), to scales of that shape by torch operations. Where it is infinite, as
+    l^(-p) at zero, the output stays zero. Computed in float64, since small eigenvalues of a Gram matrix lose twice the
+    digits; differentiable once. ValueError: wrong shape or axis."""
     z = _checked(z, axis)
-    with _no_autocast(z):
+    with torch.autocast(z.device.type, enabled=False):
         zc, divisor = _centre(z.double(), axis)
         return _apply(_MatrixFunction.apply(_gram(zc) / divisor, g), zc).to(z.dtype)
 
@@ -163,15 +144,14 @@ def whiten(z: Tensor, *, axis: str = "channel") -> Tensor:
     return spectral_transform(z, power(0.5), axis=axis)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# 3. IterNorm: a spectral transformation from a few matrix products
+# --- 3. IterNorm: a spectral transformation from a few matrix products ----------------------------------------------
 #
 # Newton's iteration for N^(-1/2), on the trace-normalised covariance N = S / tr(S), whose eigenvalues x sum to one:
 #
 #     P_0 = I,   P_{k+1} = (3 P_k - P_k^3 N) / 2,   z_hat = zc P_T / sqrt(tr S).
 #
-# Every P_k is a polynomial in S, so IterNorm IS a spectral transformation. What it does to an eigenvalue is h_T(x):
-# with y_k = x^(1/2) P_k(x), y_{k+1} = (3 y_k - y_k^3) / 2, and with h = y^2,
+# Every P_k is a polynomial in S, so IterNorm IS a spectral transformation. It maps an eigenvalue x to h_T(x): with
+# y_k = x^(1/2) P_k(x) the iteration reads y_{k+1} = (3 y_k - y_k^3) / 2, and with h = y^2
 #
 #     h_0 = x,   h_{k+1} = phi(h_k),   phi(h) = h (3 - h)^2 / 4.
 #
@@ -181,7 +161,7 @@ def whiten(z: Tensor, *, axis: str = "channel") -> Tensor:
 
 
 def newton_map(x, iterations: int):
-    """h_T(x), elementwise: the eigenvalue that IterNorm makes of a trace-normalised eigenvalue x (tensor or float)."""
+    """h_T(x), elementwise, of a tensor or a float: what IterNorm makes of a trace-normalised eigenvalue x."""
     for _ in range(iterations):
         x = x * (3 - x) ** 2 / 4
     return x
@@ -192,17 +172,22 @@ def _times_B(X: Tensor, A: Tensor) -> Tensor:
     return torch.baddbmm(X, X, A, beta=1.5, alpha=-0.5)
 
 
-def _newton(S: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
-    """P_T / sqrt(tr S) and A_{T-1}, both (V, n, n), for covariances S (V, n, n).
+def _newton_dtype(z: Tensor, iterations: int) -> torch.dtype:
+    """A step multiplies eigenvalues near zero by 9/4, and so the rounding error of directions without variance:
+    2.25^10 of it fits float32, 2.25^40 needs float64. [test_iter_norm_is_stable]"""
+    if not 1 <= iterations <= 40:
+        raise ValueError(f"iterations must be between 1 and 40 (the limit of many is whiten), got {iterations}")
+    return torch.float64 if iterations > 10 else z.dtype
 
-    The coupled form: A_k = P_k^2 N has the eigenvalues h_k(x), and with B_k = (3I - A_k) / 2,
-        P_{k+1} = P_k B_k,   A_{k+1} = A_k B_k^2.
-    Written with P^3 N instead, P and N stop commuting and rounding errors explode. [test_iter_norm_is_stable]
-    """
+
+def _newton(S: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+    """P_T / sqrt(tr S) and A_{T-1} of covariances S, all (V, n, n), by the coupled form: A_k = P_k^2 N has the
+    eigenvalues h_k(x), and with B_k = (3I - A_k) / 2, P_{k+1} = P_k B_k and A_{k+1} = A_k B_k^2. (Written with P^3 N, P
+    and N stop commuting and rounding errors explode.) [test_iter_norm_is_stable]"""
     trace = S.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]  # (V, 1, 1)
     trace = trace + (trace == 0)  # a constant batch has nothing to normalise
     A = S / trace
-    P = -0.5 * A  # P_1 = B_0
+    P = -0.5 * A  # (V, n, n): P_1 = B_0
     P.diagonal(dim1=-2, dim2=-1).add_(1.5)
     for _ in range(iterations - 1):
         A = _times_B(_times_B(A, A), A)
@@ -210,31 +195,18 @@ def _newton(S: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
     return P * trace.rsqrt(), A
 
 
-def _newton_precision(z: Tensor, iterations: int) -> Tensor:
-    """z as the iteration needs it. A step multiplies an eigenvalue near zero by 9/4, and with it the rounding error of
-    the directions without variance: 2.25^10 of it still fits float32, 2.25^40 needs float64. [test_iter_norm_is_stable]
-    """
-    if not 1 <= iterations <= 40:
-        raise ValueError(f"iterations must be between 1 and 40 (the limit of many is whiten), got {iterations}")
-    return z.double() if iterations > 10 else z
-
-
 def iter_norm(z: Tensor, *, iterations: int = 4, axis: str = "channel") -> Tensor:
-    """IterNorm of z, (m, d) or (V, m, d); same shape, in float32 or float64 (INTL paper, section 4).
-
-    cov(z_hat) has the eigenvectors of cov(z) and the eigenvalues newton_map(l / sum l, iterations). This is the readable
-    definition; INTLLoss computes the same from Gram matrices where it can. Raises ValueError for a wrong shape, axis or
-    number of iterations.
-    """
+    """IterNorm of z, (m, d) or (V, m, d); same shape, float32 or float64: the readable definition, to which the tests
+    hold INTLLoss's shorter way. cov(z_hat) has the eigenvectors of cov(z) and the eigenvalues newton_map(l / sum l,
+    iterations). ValueError: wrong shape, axis or number of iterations."""
     z = _checked(z, axis)
-    with _no_autocast(z):
-        zc, divisor = _centre(_newton_precision(z if z.dim() == 3 else z[None], iterations), axis)  # (V, m, d)
+    with torch.autocast(z.device.type, enabled=False):
+        zc, divisor = _centre(z.to(_newton_dtype(z, iterations)).reshape(-1, *z.shape[-2:]), axis)  # (V, m, d)
         P, _ = _newton(_gram(zc) / divisor, iterations)  # (V, n, n), n = min(m, d)
         return _apply(P, zc).to(z.dtype).reshape(z.shape)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# 4. Trace loss: what IterNorm lacks
+# --- 4. Trace loss: what IterNorm lacks -----------------------------------------------------------------------------
 #
 # With h_T < 1 an alignment loss may let the spectrum decay: IterNorm alone does not prevent collapse. The trace loss
 #
@@ -242,34 +214,28 @@ def iter_norm(z: Tensor, *, iterations: int = 4, axis: str = "channel") -> Tenso
 #
 # pulls the variance of every output coordinate to one. Why that equalises the spectrum: the trace of cov(z_hat) is
 # sum_i h_T(x_i) with sum_i x_i = 1, and a symmetric sum of a strictly concave function has its only maximum at equal
-# x_i = 1/r. Every h_T is below 1, so more trace is less loss, and by Jensen L_trace is least at equal eigenvalues:
-# n (1 - (r/n) h_T(1/r))^2 for n coordinates of rank r. That floor is far from 0: 209.6 for n = r = 256, T = 4, which is
-# why a raw INTL loss near 21 is normal. [test_trace_loss_is_least_at_equal_eigenvalues]
+# x_i = 1/r. As every h_T is below 1, more trace is less loss; by Jensen L_trace is least at equal eigenvalues, where it
+# is n (1 - (r/n) h_T(1/r))^2 for n coordinates of rank r. That floor is far from 0: 209.6 for n = r = 256 and T = 4,
+# which is why a raw INTL loss near 21 is normal. [test_trace_loss_is_least_at_equal_eigenvalues]
 
 
 def trace_loss(z_hat: Tensor, *, axis: str = "channel") -> Tensor:
-    """sum_j (1 - var_j)^2 over the m samples (axis "channel") or d channels ("batch"): (m, d) -> (), (V, m, d) -> (V,)."""
-    z_hat = _checked(z_hat, axis)
-    return (1 - z_hat.var(-1 if axis == "channel" else -2)).square().sum(-1)
+    """sum_j (1 - var_j)^2 over the samples (axis "channel") or channels ("batch"): (m, d) -> (), (V, m, d) -> (V,)."""
+    return (1 - _checked(z_hat, axis).var(-1 if axis == "channel" else -2)).square().sum(-1)
 
 
 def trace_floor(n: int, iterations: int, rank: int | None = None) -> float:
-    """The least trace loss that IterNorm with `iterations` steps can reach on n coordinates of at most `rank` (None: n)."""
-    return n * (1 - _most_variance(n, iterations, n if rank is None else rank)) ** 2
+    """The least trace loss that IterNorm reaches with n coordinates of at most `rank` (None: n)."""
+    rank = n if rank is None else rank
+    return n * (1 - rank / n * newton_map(1 / rank, iterations)) ** 2
 
 
-def _most_variance(n: int, iterations: int, rank: int) -> float:
-    """The largest mean variance of n coordinates: `rank` equal eigenvalues."""
-    return rank * newton_map(1 / rank, iterations) / n
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# 5. Many processes: the statistics are those of the global batch, and the backward pass needs no communication
+# --- 5. Many processes: statistics of the global batch, and a backward pass without communication -------------------
 #
-# Every rank gathers all rows and computes the full loss, so every rank already holds the exact gradient of that loss
-# with respect to its own rows: only they keep their graph, the others arrive detached. DistributedDataParallel then
-# averages over ranks a gradient whose terms should be summed; the losses below are therefore scaled by the world size
-# in the backward pass. A forgotten scale shows in no loss curve. [test_ddp_gradient_equals_single_process]
+# Every rank gathers all rows and computes the full loss; so it already holds the exact gradient of that loss with
+# respect to its own rows. Only they keep their graph, the others arrive detached. DistributedDataParallel then AVERAGES
+# over ranks what should be summed; the losses therefore multiply their gradient by the world size. (A forgotten factor
+# shows in no loss curve.) [test_gradient_over_processes_equals_one_process]
 
 
 def _world_size() -> int:
@@ -277,8 +243,8 @@ def _world_size() -> int:
 
 
 def gather(z: Tensor) -> Tensor:
-    """The rows of all ranks, in rank order: (m, d) -> (world * m, d), (V, m, d) -> (V, world * m, d). Every rank must
-    hold as many. Gradient reaches the local rows alone and is not scaled. The identity for one process."""
+    """The rows of all ranks in rank order, (m, d) -> (world * m, d) or (V, m, d) -> (V, world * m, d); every rank must
+    hold as many. The gradient, not scaled, reaches the local rows. The identity for one process."""
     if _world_size() == 1:
         return z
     local = z.detach().contiguous()
@@ -288,13 +254,13 @@ def gather(z: Tensor) -> Tensor:
     return torch.cat(slots, dim=-2)
 
 
-def _undo_ddp_average(loss: Tensor) -> Tensor:
-    """The same value; the gradient times the world size."""
+def undo_ddp_average(loss: Tensor) -> Tensor:
+    """The same value, its gradient times the world size."""
     return loss if _world_size() == 1 else loss.detach() + _world_size() * (loss - loss.detach())
 
 
 def _all_views(views: Sequence[Tensor] | Tensor, axis: str) -> list[Tensor]:
-    """V >= 2 views (m, d) of the same shape, checked, gathered in one communication: V times (world * m, d)."""
+    """V >= 2 views of one shape (m, d), checked and gathered in one communication: V times (world * m, d)."""
     shapes = [tuple(v.shape) for v in views]
     if len(shapes) < 2 or len(set(shapes)) > 1 or len(shapes[0]) != 2:
         raise ValueError(f"the loss needs two or more views of the same shape (m, d), got {shapes}")
@@ -302,20 +268,19 @@ def _all_views(views: Sequence[Tensor] | Tensor, axis: str) -> list[Tensor]:
     return views if _world_size() == 1 else list(gather(torch.stack(views)))
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# 6. The INTL loss
+# --- 6. The INTL loss -----------------------------------------------------------------------------------------------
 #
-# View 0 is the anchor. For V views, and for V - 1 student views against a teacher's view 0 without gradient:
+# For V views against view 0; and, with a teacher, for its view 0 without gradient and V - 1 views of the student:
 #
-#     L = 1/(V-1) sum_{i>0} [ 2 - 2 mean_rows cos(z_hat_i, z_hat_0)     + beta (L_trace(z_hat_i) + L_trace(z_hat_0)) ]
-#     L = 1/(V-1) sum_{i>0} [ 2 - 2 mean_rows cos(z_hat_i, sg z_hat_0)  + beta  L_trace(z_hat_i) ]
+#     L = 1/(V-1) sum_{i>0} [ 2 - 2 mean_rows cos(z_hat_i, z_hat_0)    + beta (L_trace(z_hat_i) + L_trace(z_hat_0)) ]
+#     L = 1/(V-1) sum_{i>0} [ 2 - 2 mean_rows cos(z_hat_i, sg z_hat_0) + beta  L_trace(z_hat_i) ]
 #
-# beta = 0.01 (log2 n - 3), n = m, the GLOBAL batch, for the channel axis, n = d for the batch axis (negative for n < 8).
+# beta = 0.01 (log2 n - 3); n = m, the GLOBAL batch, on the channel axis, n = d on the batch axis (negative for n < 8).
 #
-# For the channel axis the loss needs Gram matrices alone. With G_v = zc_v zc_v^T / (d-1), C_v = zc_v zc_0^T / (d-1) and
-# P_v from G_v: cov(z_hat_v) = P_v G_v P_v is A_T of the iteration, its diagonal holds the row variances of the trace loss
-# and also the squared row norms / (d-1), and the rows' inner products are diag(P_v C_v P_0). No z_hat is ever formed:
-# 7 products of 2 m m d operations for two views, forward and backward, where forming z_hat takes 12. [test_gram_form]
+# On the channel axis Gram matrices suffice. With G_v = zc_v zc_v^T / (d-1), C_v = zc_v zc_0^T / (d-1) and P_v from G_v:
+# cov(z_hat_v) = P_v G_v P_v is A_T of the iteration; its diagonal holds the row variances of the trace loss, and also
+# the squared row norms / (d-1); the rows' inner products are diag(P_v C_v P_0). For two views that is 7 products of
+# 2 m m d operations, forward and backward, where forming z_hat takes 12. [test_loss_equals_its_definition]
 
 
 def _statistics(zc: list[Tensor], divisor: int, iterations: int, axis: str) -> tuple[Tensor, Tensor]:
@@ -330,7 +295,7 @@ def _statistics(zc: list[Tensor], divisor: int, iterations: int, axis: str) -> t
         squares = variance * divisor
     else:
         z_hat = [_apply(p, v) for p, v in zip(P, zc)]
-        inner = torch.stack([(v * z_hat[0]).sum(-1) for v in z_hat[1:]])
+        inner = torch.stack([(v * z_hat[0]).sum(-1) for v in z_hat[1:]])  # (V-1, m)
         z_squared = [v.square() for v in z_hat]
         squares = torch.stack([v.sum(-1) for v in z_squared])  # (V, m)
         variance = squares / divisor if axis == "channel" else torch.stack([v.sum(-2) for v in z_squared]) / divisor
@@ -339,16 +304,15 @@ def _statistics(zc: list[Tensor], divisor: int, iterations: int, axis: str) -> t
 
 
 class INTLLoss(nn.Module):
-    """IterNorm with trace loss (INTL paper, section 4). Call with views, a sequence of V (m, d) or one (V, m, d), and
-    optionally a teacher's view 0 (m, d), from which no gradient flows; returns a scalar. m is each process's share.
+    """IterNorm with trace loss. Call with views, V tensors (m, d) or one (V, m, d), and optionally a teacher's view 0
+    (m, d), which receives no gradient; returns a scalar. m is this process's share of the global batch.
 
-    iterations: Newton steps T. axis: see section 1. beta: weight of the trace loss; None is the paper's rule, 0 is
-    IterNorm alone. Raises ValueError for views of different shapes, fewer than 2 rows, a wrong axis.
+    iterations: Newton steps T. axis: see section 1. beta: weight of the trace loss; None: the rule above, 0: IterNorm
+    alone. ValueError: views of different shapes, fewer than 2 rows, a wrong axis or number of iterations.
 
-    After a call, `parts` holds for logging, detached and on the device: `alignment` (mean of 2 - 2 cos, in [0, 4]),
-    `trace` (mean trace loss of the views that receive gradient), `floor` (its least value, a float), `score` (their mean
-    variance over its attainable maximum, in [0, 1]: 1 is an equal spectrum of full rank, 1/rank is about a collapse).
-    """
+    After a call `parts` holds, detached and still on the device, `alignment` (mean 2 - 2 cos, in [0, 4]), `trace` (mean
+    over the views that receive gradient), `floor` (its least value, a float) and `score`, those views' mean variance
+    over its attainable maximum: 1 for an equal spectrum of full rank, near 0 for a collapse."""
 
     def __init__(self, *, iterations: int = 4, axis: str = "channel", beta: float | None = None):
         super().__init__()
@@ -357,37 +321,33 @@ class INTLLoss(nn.Module):
 
     def forward(self, views: Sequence[Tensor] | Tensor, teacher: Tensor | None = None) -> Tensor:
         z = _all_views(views if teacher is None else [teacher.detach(), *views], self.axis)  # V times (m, d), global m
-        with _no_autocast(z[0]):
+        with torch.autocast(z[0].device.type, enabled=False):
             m, d = z[0].shape
-            zc, divisor = zip(*[_centre(_newton_precision(v, self.iterations), self.axis) for v in z])
-            variance, cosine = _statistics(zc, divisor[0], self.iterations, self.axis)
-            n, rank = (m, min(m, d - 1)) if self.axis == "channel" else (d, min(m - 1, d))
+            zc = [_centre(v.to(_newton_dtype(v, self.iterations)), self.axis)[0] for v in z]  # V times (m, d)
+            n, divisor, rank = (m, d - 1, min(m, d - 1)) if self.axis == "channel" else (d, m - 1, min(m - 1, d))
+            variance, cosine = _statistics(zc, divisor, self.iterations, self.axis)  # (V, n), (V-1, m)
             beta = 0.01 * (math.log2(n) - 3) if self.beta is None else self.beta
             alignment = 2 - 2 * cosine.mean()
             trace = (1 - variance).square().sum(-1)  # (V,)
-            trained = slice(None) if teacher is None else slice(1, None)  # the views that receive gradient
             loss = alignment + beta * (trace[1:].mean() + (trace[0] if teacher is None else 0))
+            trained = slice(0 if teacher is None else 1, None)
             self.parts = {
                 "alignment": alignment.detach(),
                 "trace": trace[trained].detach().mean(),
                 "floor": trace_floor(n, self.iterations, rank),
-                "score": variance[trained].detach().mean() / _most_variance(n, self.iterations, rank),
+                "score": variance[trained].detach().mean() / (rank / n * newton_map(1 / rank, self.iterations)),
             }
-            return _undo_ddp_average(loss)
+            return undo_ddp_average(loss)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# 7. Kin: channel whitening with random group partition, and orthogonality regularisation
+# --- 7. Kin: channel whitening with random group partition, and orthogonality regularisation ------------------------
 
 
 def group_whiten(z: Tensor, groups: int, permutation: Tensor | None = None) -> Tensor:
-    """CW-RGP's transform of z, (m, d) or a stack (V, m, d); same shape.
-
-    Every sample is centred over all its channels, the channels are permuted ((d,), None: left in order) and split into
-    groups, each group is ZCA-whitened with its own m x m Gram matrix, divisor d / groups - 1, and the permutation is
-    undone. Raises ValueError unless groups divides d and d / groups > m: with fewer channels than samples a group's
-    Gram matrix is singular and every direction left in it becomes a constraint that no embedding can meet.
-    """
+    """CW-RGP's transform of z, (m, d) or (V, m, d); same shape. Every sample is centred over all its channels; the
+    channels, permuted by (d,) (None: in order), are split into groups; each is ZCA-whitened with its own m x m Gram
+    matrix, divisor d / groups - 1; the permutation is undone. ValueError unless groups divides d and d / groups > m:
+    with fewer channels than samples a group's Gram matrix is singular and its rows cannot be made orthogonal."""
     z = _checked(z, "channel")
     m, d = z.shape[-2:]
     if groups < 1 or d % groups or d // groups <= m:
@@ -395,48 +355,48 @@ def group_whiten(z: Tensor, groups: int, permutation: Tensor | None = None) -> T
     order = torch.arange(d, device=z.device) if permutation is None else permutation.to(z.device)
     if order.shape != (d,):
         raise ValueError(f"the permutation must have shape {(d,)}, got {tuple(order.shape)}")
-    with _no_autocast(z):
+    with torch.autocast(z.device.type, enabled=False):
         zc, _ = _centre(z.double(), "channel")
         zg = zc[..., order].unflatten(-1, (groups, -1)).transpose(-3, -2)  # (..., groups, m, d / groups)
-        whitened = _MatrixFunction.apply(_gram(zg) / (d // groups - 1), power(0.5)) @ zg
-        return whitened.transpose(-3, -2).flatten(-2)[..., order.argsort()].to(z.dtype)
+        zg = _MatrixFunction.apply(_gram(zg) / (d // groups - 1), power(0.5)) @ zg
+        return zg.transpose(-3, -2).flatten(-2)[..., order.argsort()].to(z.dtype)
 
 
 class CWRGPLoss(nn.Module):
     """CW-RGP: mean over all pairs of views of 2 - 2 cos between rows whitened by `group_whiten`, every view with a
     random permutation of its own (the same on all ranks). Call with views as for INTLLoss; returns a scalar.
 
-    sub_batch: whiten this many samples of the global batch at a time (None: all). Raises ValueError where it does not
-    divide the batch, and as group_whiten. Published: sub_batch 64, groups 4 at d = 512; 128 and 2 at d = 1024.
-    """
+    sub_batch: samples of the global batch that are whitened together (None: all). ValueError if it does not divide the
+    batch, and as group_whiten. Published: sub_batch 64, groups 4 for d = 512; 128 and 2 for d = 1024."""
 
     def __init__(self, *, groups: int = 4, sub_batch: int | None = None):
         super().__init__()
         self.groups, self.sub_batch = groups, sub_batch
+        self.parts: dict[str, Tensor] = {}
 
     def forward(self, views: Sequence[Tensor] | Tensor) -> Tensor:
-        z = _all_views(views, "channel")
+        z = _all_views(views, "channel")  # V times (m, d), global m
         m, d = z[0].shape
         size = m if self.sub_batch is None else self.sub_batch
         if size < 2 or m % size:
             raise ValueError(f"sub_batch must divide the global batch of {m} rows, got {size}")
-        orders = torch.stack([torch.randperm(d, device=z[0].device) for _ in z])
+        orders = torch.stack([torch.randperm(d, device=z[0].device) for _ in z])  # (V, d)
         if _world_size() > 1:
             dist.broadcast(orders, 0)
-        whitened = [group_whiten(v.reshape(-1, size, d), self.groups, o).reshape(m, d) for v, o in zip(z, orders)]
-        losses = [2 - 2 * F.cosine_similarity(a, b).mean() for a, b in itertools.combinations(whitened, 2)]
-        return _undo_ddp_average(sum(losses) / len(losses))
+        z = [group_whiten(v.reshape(-1, size, d), self.groups, o).reshape(m, d) for v, o in zip(z, orders)]
+        losses = [2 - 2 * F.cosine_similarity(a, b).mean() for a, b in itertools.combinations(z, 2)]
+        self.parts = {"alignment": torch.stack(losses).detach().mean()}
+        return undo_ddp_average(torch.stack(losses).mean())
 
 
 def orthogonality_penalty(module: nn.Module, kind: str = "so", power_iterations: int = 5) -> Tensor:
-    """Sum over every Conv2d and Linear weight W (out, in) in `module`, a convolution flattened to out x (in kh kw), of
+    """OR: sum over every Conv2d and Linear weight W in `module`, a convolution flattened to out x (in kh kw), of
 
-        "so":   ||G||_F^2,             G = W W^T - I or W^T W - I, whichever is smaller (OR paper, section 4)
-        "srip": spectral norm of G, by power iteration from G's longest column (a lower bound that grows with the steps)
+        "so":   ||G||_F^2,              G = W W^T - I or W^T W - I, whichever is smaller;
+        "srip": the spectral norm of G, by power iteration from its longest column: a lower bound that grows with steps.
 
-    To be added to the loss for the ENCODER alone: weight 1e-6 (so) or 1e-3 (srip) for ResNets, 1e-5 (so) for small ViTs.
-    Raises ValueError for a module without such weights or another kind.
-    """
+    Add it to the loss for the ENCODER alone: weight 1e-6 (so) or 1e-3 (srip) for ResNets, 1e-5 (so) for small ViTs.
+    ValueError: a module without such weights, or another kind."""
     if kind not in ("so", "srip"):
         raise ValueError(f'kind must be "so" or "srip", got {kind!r}')
     weights = [layer.weight.flatten(1) for layer in module.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
@@ -444,22 +404,18 @@ def orthogonality_penalty(module: nn.Module, kind: str = "so", power_iterations:
         raise ValueError(f"{type(module).__name__} has no Conv2d or Linear weight to keep orthogonal")
     penalties = []
     for W in weights:
-        W = W.to(torch.promote_types(W.dtype, torch.float32))
-        with _no_autocast(W):
-            G = _gram(W)  # (n, n), n = min(out, in)
+        with torch.autocast(W.device.type, enabled=False):
+            G = _gram(W.to(torch.promote_types(W.dtype, torch.float32)))  # (n, n), n = min(out, in)
             G = G - torch.eye(len(G), dtype=G.dtype, device=G.device)
-            if kind == "so":
-                penalties.append(G.square().sum())
-                continue
-            v = G[:, G.norm(dim=0).argmax()]  # (n,)
-            for _ in range(power_iterations):
-                v = G @ F.normalize(v, dim=0)
-            penalties.append((G @ F.normalize(v, dim=0)).norm())
+            if kind == "srip":
+                v = G[:, G.norm(dim=0).argmax()]  # (n,)
+                for _ in range(power_iterations):
+                    v = G @ F.normalize(v, dim=0)
+            penalties.append(G.square().sum() if kind == "so" else (G @ F.normalize(v, dim=0)).norm())
     return torch.stack(penalties).sum()
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# 8. Diagnostics: collapse shows in the spectrum before it shows in accuracy (none of them is differentiable)
+# --- 8. Diagnostics: collapse shows in the spectrum before it shows in accuracy (not differentiable) ----------------
 
 
 @torch.no_grad()
@@ -470,7 +426,7 @@ def spectrum(z: Tensor) -> Tensor:
 
 
 def effective_rank(z: Tensor) -> Tensor:
-    """exp(entropy of l / sum l), l = spectrum(z), in [1, min(m, d)] (RankMe takes the singular values of z instead).
+    """exp(entropy of l / sum l), l = spectrum(z), in [1, min(m, d)]; RankMe takes the singular values of z instead.
     A constant batch has effective rank 1. (m, d) -> (), (V, m, d) -> (V,)."""
     l = spectrum(z)
     p = l / l.sum(-1, keepdim=True).clamp_min(torch.finfo(l.dtype).tiny)
@@ -485,36 +441,38 @@ def condition_number(z: Tensor) -> Tensor:
     return torch.where(least > 0, l[..., 0] / torch.where(least > 0, least, 1), 1)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# 9. Demonstration and benchmark
+# --- 9. Demonstration and benchmark ---------------------------------------------------------------------------------
 
 
 def demonstrate(steps: int = 400, plot: str | None = None) -> dict[str, tuple[float, float]]:
-    """Train a small MLP on two noisy views of 16 latent factors with one loss after another, and print what is left of
-    the embedding's spectrum: {name: (effective rank of 64, condition number)}."""
+    """Train a small MLP on two noisy views of 16 latent factors with one loss after another; print what is left of the
+    embedding's spectrum, and return {name: (effective rank of 64, condition number)}."""
 
-    def aligned(g: Callable[[Tensor], Tensor]) -> Callable:
-        def loss(views: Tensor) -> Tensor:
-            z_hat = spectral_transform(views, g, axis="batch")
-            return 2 - 2 * F.cosine_similarity(z_hat[0], z_hat[1], dim=-1).mean()
+    def aligned(p: float) -> Callable[[Tensor], Tensor]:
+        return lambda z: 2 - 2 * F.cosine_similarity(*spectral_transform(z, power(p), axis="batch"), dim=-1).mean()
 
-        return loss
-
-    losses = {f"power {p}": aligned(power(p)) for p in (0.2, 0.4, 0.5, 0.6)}
-    losses = {"no transform": aligned(power(0.0)), **losses, "IterNorm alone, T = 4": INTLLoss(axis="batch", beta=0.0)}
+    losses = {"no transform": aligned(0.0), "power 0.2": aligned(0.2), "power 0.4": aligned(0.4)}
+    losses |= {"power 0.5, whitening": aligned(0.5), "power 0.6": aligned(0.6)}
+    losses |= {"IterNorm alone, T = 4": INTLLoss(axis="batch", beta=0.0)}
     losses |= {f"INTL, T = {T}": INTLLoss(axis="batch", iterations=T) for T in (2, 4, 7)}
-    losses["power 0.5 (whitening)"] = losses.pop("power 0.5")
     spectra, results = {}, {}
     print(f"{'transform':24}{'effective rank of 64':>22}{'condition number':>18}  verdict")
     for name, loss in losses.items():
         torch.manual_seed(0)
         mixing = torch.randn(16, 64) / 4
-        layers = [nn.Linear(64, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Linear(128, 128), nn.BatchNorm1d(128), nn.ReLU()]
+        layers = [
+            nn.Linear(64, 128),
+            nn.BatchNorm1d(128),
+            nn.ReLU(),
+            nn.Linear(128, 128),
+            nn.BatchNorm1d(128),
+            nn.ReLU(),
+        ]
         network = nn.Sequential(*layers, nn.Linear(128, 64))
         optimizer = torch.optim.SGD(network.parameters(), lr=0.2, momentum=0.9)
         for _ in range(steps):
-            latent = torch.randn(256, 16) @ mixing  # (256, 64)
-            z = torch.stack([network(latent + 0.3 * torch.randn(256, 64)) for _ in range(2)])  # (2, 256, 64)
+            clean = torch.randn(256, 16) @ mixing  # (256, 64)
+            z = torch.stack([network(clean + 0.3 * torch.randn(256, 64)) for _ in range(2)])  # (2, 256, 64)
             optimizer.zero_grad()
             loss(z).backward()
             optimizer.step()
@@ -529,10 +487,11 @@ def demonstrate(steps: int = 400, plot: str | None = None) -> dict[str, tuple[fl
         figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
         for name, l in spectra.items():
             axes.semilogy(range(1, len(l) + 1), l / l[0], label=name)
-        axes.set(xlabel="eigenvalue", ylabel="relative to the largest", title="Spectrum of the embedding after training")
+        axes.set(
+            xlabel="eigenvalue", ylabel="relative to the largest", title="Spectrum of the embedding after training"
+        )
         axes.legend()
         figure.savefig(plot, dpi=120)
-        print(f"drawn to {plot}")
     return results
 
 
@@ -545,53 +504,14 @@ def _barlow_twins(views: list[Tensor]) -> Tensor:
 def _vicreg(views: list[Tensor]) -> Tensor:
     loss = 25 * F.mse_loss(*views)
     for v in views:
-        v = v - v.mean(0)
-        C = v.mT @ v / (len(v) - 1)
-        spread = F.relu(1 - (v.var(0) + 1e-4).sqrt()).mean()
+        C = torch.cov(v.mT)
+        spread = F.relu(1 - (C.diagonal() + 1e-4).sqrt()).mean()
         loss = loss + 12.5 * spread + (C.square().sum() - C.diagonal().square().sum()) / v.shape[1]
     return loss
 
 
-def benchmark(sizes=((256, 2048), (256, 8192), (1024, 512)), rounds: int = 7) -> None:
-    """Forward and backward of two float32 views, contenders in turn: median milliseconds, and the peak memory beyond the
-    inputs in units of one view. The floor is the 12 matrix products of 2 m d min(m, d) operations of the straightforward
-    computation: a Gram matrix and a transformed embedding for each view, and twice that backward."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{name}, torch {torch.__version__}; median of {rounds} rounds")
-    for m, d in sizes:
-        views = [torch.randn(m, d, device=device, requires_grad=True) for _ in range(2)]
-        x = torch.randn(2, min(m, d), max(m, d), device=device)
-        f = torch.randn(2, min(m, d), min(m, d), device=device)
-
-        def floor(x=x, f=f):
-            for _ in range(2):
-                x @ x.mT, f @ x, f @ x
-
-        def exact(views):
-            z_hat = whiten(torch.stack(views))
-            return F.cosine_similarity(z_hat[0], z_hat[1], dim=-1).mean()
-
-        losses = {"INTL, channel axis": INTLLoss(), "INTL, batch axis": INTLLoss(axis="batch"), "exact whitening": exact}
-        losses |= {"Barlow Twins": _barlow_twins, "VICReg": _vicreg}
-        steps = {"floor: 12 products": floor}
-        steps |= {name: lambda loss=loss: torch.autograd.grad(loss(views), views) for name, loss in losses.items()}
-        times = {name: [] for name in steps}
-        for name, step in itertools.chain(*[steps.items()] * (rounds + 1)):
-            start = time.perf_counter()
-            step()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            times[name].append(1000 * (time.perf_counter() - start))
-        print(f"\n(m, d) = {(m, d)}{'ms':>22}{'x floor':>10}{'memory':>10}")
-        medians = {name: sorted(t[1:])[rounds // 2] for name, t in times.items()}
-        for name, ms in medians.items():
-            memory = _peak_memory(steps[name], device) / (4 * m * d)
-            print(f"{name:28}{ms:12.1f}{ms / medians['floor: 12 products']:10.2f}{memory:10.1f}", flush=True)
-
-
 def _peak_memory(step: Callable, device: torch.device) -> int:
-    """Bytes allocated at most, beyond what is allocated already, while `step` runs."""
+    """Bytes that `step` holds at most beyond what is allocated before it."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -601,6 +521,37 @@ def _peak_memory(step: Callable, device: torch.device) -> int:
         step()
     events = [e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     return max(itertools.accumulate(events, initial=0))
+
+
+def benchmark(sizes=((256, 2048), (256, 8192), (1024, 512)), rounds: int = 7) -> None:
+    """Forward and backward of two float32 views, contenders in turn: median milliseconds, and peak memory beyond the
+    inputs in units of one view. The products are those, of 2 m d min(m, d) operations, of the straightforward
+    computation: a Gram matrix and a transformed embedding for either view, and twice that backward."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{machine}, torch {torch.__version__}, median of {rounds} rounds")
+    losses = {"INTL, channel axis": INTLLoss(), "INTL, batch axis": INTLLoss(axis="batch")}
+    losses["exact whitening"] = lambda views: F.cosine_similarity(*whiten(torch.stack(views)), dim=-1).mean()
+    losses |= {"Barlow Twins": _barlow_twins, "VICReg": _vicreg}
+    for m, d in sizes:
+        views = [torch.randn(m, d, device=device, requires_grad=True) for _ in range(2)]
+        x = torch.randn(min(m, d), max(m, d), device=device)  # (n, k)
+        f = torch.randn(min(m, d), min(m, d), device=device)  # (n, n)
+        steps = {"12 bare products": lambda x=x, f=f: [(x @ x.mT, f @ x, f @ x) for _ in range(4)]}
+        for name, loss in losses.items():
+            steps[name] = lambda loss=loss, views=views: torch.autograd.grad(loss(views), views)
+        times = {name: [] for name in steps}
+        for name, step in itertools.chain(*[steps.items()] * (rounds + 1)):  # the first round warms up
+            start = time.perf_counter()
+            step()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times[name].append(1000 * (time.perf_counter() - start))
+        median = {name: sorted(t[1:])[rounds // 2] for name, t in times.items()}
+        print(f"\n{f'(m, d) = ({m}, {d})':24}{'ms':>10}{'x products':>12}{'memory':>10}")
+        for name, step in steps.items():
+            ratio, memory = median[name] / median["12 bare products"], _peak_memory(step, device) / (4 * m * d)
+            print(f"{name:24}{median[name]:10.1f}{ratio:12.2f}{memory:10.1f}", flush=True)
 
 
 if __name__ == "__main__":

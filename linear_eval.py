@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from train import (
-    UnreadableImage,
     build_backbone,
     choose_device,
     encode,
@@ -44,13 +43,13 @@ def load_backbone(path: Path, device: torch.device) -> tuple[nn.Module, int, dic
     if not isinstance(saved, dict) or not {"config", "network"} <= saved.keys():
         fail(f"{path} is no checkpoint.pt of train.py")
     config = saved["config"]
-    backbone, width = build_backbone(config["arch"], config["stem"])
+    backbone, width = build_backbone(config["arch"], config["stem"], config["view_sizes"][0])
     state = {k.removeprefix("backbone."): v for k, v in saved["network"].items() if k.startswith("backbone.")}
     missing, unused = backbone.load_state_dict(state, strict=False)
     if missing or unused:
         fail(f"{path} does not fit {config['arch']}: missing {missing[:3]}, unknown {unused[:3]}")
     say(
-        f"{path}: {config['arch']}, {len(state)} tensors of the backbone used, {len(saved['network']) - len(state)} of the projector dropped"
+        f"{path}: {config['arch']}, {len(state)} tensors used, {len(saved['network']) - len(state)} of the projector dropped"
     )
     return backbone.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), width, config
 
@@ -59,7 +58,9 @@ def topk_correct(logits: Tensor, labels: Tensor, k: int) -> int:
     return int((logits.topk(min(k, logits.shape[1])).indices == labels[:, None]).sum())
 
 
-def linear_on_features(x: Tensor, y: Tensor, x_val: Tensor, y_val: Tensor, classes: int, seed: int, epochs: int) -> tuple[float, float]:
+def linear_on_features(
+    x: Tensor, y: Tensor, x_val: Tensor, y_val: Tensor, classes: int, seed: int, epochs: int
+) -> tuple[float, float]:
     """Top-1 and top-5 in percent on the validation features (n, width) of a linear classifier trained by the CIFAR protocol."""
     generator = rng(seed, "linear")
     head = nn.Linear(x.shape[1], classes).to(x.device)
@@ -81,11 +82,15 @@ def linear_on_features(x: Tensor, y: Tensor, x_val: Tensor, y_val: Tensor, class
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", default="runs/shapes/checkpoint.pt", help="checkpoint.pt of train.py (default: runs/shapes)")
+    parser.add_argument(
+        "--checkpoint", default="runs/shapes/checkpoint.pt", help="checkpoint.pt of train.py (default: runs/shapes)"
+    )
     parser.add_argument("--data", help="folder with train/ and val/, or torchvision's CIFAR; not for shapes")
     parser.add_argument("--protocol", default="features", choices=["features", "knn"])
     parser.add_argument("--epochs", type=int, default=500, help="of the linear classifier")
-    parser.add_argument("--random", action="store_true", help="evaluate the same network with random weights, for comparison")
+    parser.add_argument(
+        "--random", action="store_true", help="evaluate the same network with random weights, for comparison"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the classifier, and of --random")
     parser.add_argument("--workers", type=int, default=2, help="processes that decode images, for each process")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
@@ -101,23 +106,38 @@ def main(argv: list[str] | None = None):
     backbone, _, config = load_backbone(path, device)
     if args.random:
         torch.manual_seed(args.seed)
-        backbone, _ = build_backbone(config["arch"], config["stem"], config["zero_init_residual"])
+        backbone, _ = build_backbone(
+            config["arch"], config["stem"], config["view_sizes"][0], config["zero_init_residual"]
+        )
         backbone = backbone.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     frozen = {name: value.clone() for name, value in backbone.state_dict().items()}
     train, val = load_data(config["dataset"], args.data, config["seed"], device)
-    if val is None:
-        fail(f"--data {args.data} has no labelled val/: an evaluation needs train/ and val/ with a folder per class")
+    if val is None or not (train.classes and val.classes):
+        fail(f"--data {args.data} has no labelled train/ and val/: an evaluation needs both, with a folder per class")
     started, size = time.time(), config["view_sizes"][0]
-    try:
-        x, x_val = (encode(backbone, s, config["dataset"], size, torch.arange(len(s)), device, workers=args.workers) for s in (train, val))
-    except UnreadableImage as error:
-        fail(str(error).strip().splitlines()[-1].removeprefix("train.UnreadableImage: "))
-    assert all(torch.equal(value, frozen[name]) for name, value in backbone.state_dict().items()), "the frozen backbone changed"
-    say(f"features of {len(x)} training and {len(x_val)} validation images, {x.shape[1]} wide, in {time.time() - started:.0f} s")
+    x, x_val = (
+        encode(backbone, split, config["dataset"], size, torch.arange(len(split)), device, workers=args.workers)
+        for split in (train, val)
+    )
+    assert all(torch.equal(value, frozen[name]) for name, value in backbone.state_dict().items()), (
+        "the frozen backbone changed"
+    )
+    say(
+        f"features of {len(x)} training and {len(x_val)} validation images, {x.shape[1]} wide, in {time.time() - started:.0f} s"
+    )
 
     if rank_and_world()[0] == 0:
-        result = {"checkpoint": str(path), "weights": "random" if args.random else "pretrained", "protocol": args.protocol}
-        result |= {"data": args.data, "recipe": config["recipe"], "training_images": len(x), "validation_images": len(x_val)}
+        result = {
+            "checkpoint": str(path),
+            "weights": "random" if args.random else "pretrained",
+            "protocol": args.protocol,
+        }
+        result |= {
+            "data": args.data,
+            "recipe": config["recipe"],
+            "training_images": len(x),
+            "validation_images": len(x_val),
+        }
         result["knn_top1"] = knn_accuracy(x, train.labels, x_val, val.labels, k=5)
         if args.protocol == "features":
             tensors = [t.to(device) for t in (x, train.labels, x_val, val.labels)]

@@ -18,6 +18,7 @@ import json
 import math
 import os
 import pickle
+import signal
 import sys
 import time
 from dataclasses import dataclass, field, fields, replace
@@ -30,7 +31,19 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 from torchvision.transforms.v2 import functional as TF
 
-from intl import CWRGPLoss, INTLLoss, condition_number, effective_rank, gather, orthogonality_penalty, power, spectral_transform, spectrum
+from intl import (
+    CWRGPLoss,
+    INTLLoss,
+    condition_number,
+    effective_rank,
+    gather,
+    newton_map,
+    orthogonality_penalty,
+    power,
+    spectral_transform,
+    spectrum,
+    undo_ddp_average,
+)
 
 # ------------------------------------------------------------------------------------------------------------------
 # Recipes: the published settings (INTL paper, appendix, and the official release), apart from the logic
@@ -42,8 +55,10 @@ def flag(default, help: str, **kwargs):
 
 @dataclass(frozen=True)
 class Recipe:
-    dataset: str = flag("folder", "what --data holds; also chooses mean and std", choices=["shapes", "cifar10", "cifar100", "folder"])
-    arch: str = flag("resnet18", "backbone: a ResNet of torchvision")
+    dataset: str = flag(
+        "folder", "what --data holds; also chooses mean and std", choices=["shapes", "cifar10", "cifar100", "folder"]
+    )
+    arch: str = flag("resnet18", "backbone: a ResNet of torchvision, vit_tiny, vit_small or vit_b_16")
     stem: str = flag(
         "imagenet",
         "first layers: imagenet = 7x7 stride 2 and max-pool; cifar = 3x3 stride 1; small = 3x3 stride 2 and max-pool",
@@ -82,7 +97,8 @@ class Recipe:
 # fmt: off
 CIFAR = Recipe(stem="cifar", epochs=1000, view_sizes=(32, 32))
 IMAGENET = Recipe(
-    arch="resnet50", zero_init_residual=True, hidden=8192, out=8192, epochs=800, weight_decay=1e-5, decay_all=False, blur=(1.0, 0.1),
+    arch="resnet50", zero_init_residual=True, hidden=8192, out=8192, epochs=800, weight_decay=1e-5, decay_all=False,
+    blur=(1.0, 0.1),
 )
 RECIPES = {
     # This project's own: strong colour jitter and inversion leave the shape as what two views share.
@@ -93,10 +109,16 @@ RECIPES = {
     "cifar10": replace(CIFAR, dataset="cifar10"),
     "cifar100": replace(CIFAR, dataset="cifar100"),
     "imagenet100": replace(
-        IMAGENET, arch="resnet18", zero_init_residual=False, epochs=400, batch_size=128, base_lr=0.5, weight_decay=2.5e-5, hidden=4096,
+        IMAGENET, arch="resnet18", zero_init_residual=False, epochs=400, batch_size=128, base_lr=0.5,
+        weight_decay=2.5e-5, hidden=4096,
     ),
     "imagenet": IMAGENET,
+    "imagenet-multicrop": replace(
+        IMAGENET, epochs=100, ema=0.996, base_lr=0.5, blur=(0.5,), solarize=(0.1,), view_sizes=(224, 224, 192, 160, 128, 96),
+        min_scale=(0.2, 0.2, 0.171, 0.143, 0.114, 0.086), max_scale=(1.0, 1.0, 0.857, 0.714, 0.571, 0.429),
+    ),
 }
+MULTICROP_LR = {100: 0.5, 200: 0.4, 400: 0.4, 800: 0.3}  # published base learning rate by number of epochs
 # fmt: on
 
 
@@ -108,9 +130,9 @@ def rank_and_world() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def fail(message: str):
-    """One line on stderr from the first process; every process leaves with status 2."""
-    if rank_and_world()[0] == 0:
+def fail(message: str, alone: bool = False):
+    """Leave with status 2 and one line on stderr: from the first process, since all come here, or from one that fails alone."""
+    if alone or rank_and_world()[0] == 0:
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
@@ -137,7 +159,9 @@ def choose_device(name: str) -> torch.device:
             fail("--device cuda: torch finds no GPU here")
         local = int(os.environ.get("LOCAL_RANK", 0))
         if local >= torch.cuda.device_count():
-            fail(f"process {local} of this node has no GPU of its own: start at most {torch.cuda.device_count()} a node")
+            fail(
+                f"process {local} of this node has no GPU of its own: start at most {torch.cuda.device_count()} a node"
+            )
         torch.cuda.set_device(local)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if name == "cuda" else "gloo")
@@ -196,8 +220,8 @@ SHAPES = ["disc", "ring", "square", "triangle", "cross", "star", "bars", "half-d
 
 
 def shape_level(kind: int, x: Tensor, y: Tensor) -> Tensor:
-    """Positive inside the shape, about the distance to its edge. All kinds have the same area. [test_shapes_...]"""
-    scale = (1.23, 1.25, 1.09, 1.53, 1.27, 1.58, 1.10, 1.56)[kind]
+    """Positive inside the shape, about the distance to its edge. All kinds have the same area, 3."""
+    scale = (1.223, 1.202, 1.083, 1.523, 1.249, 1.4, 1.224, 1.457)[kind]
     x, y = x / scale, y / scale
     radius, angle = (x * x + y * y).sqrt(), torch.atan2(y, x)
 
@@ -210,7 +234,9 @@ def shape_level(kind: int, x: Tensor, y: Tensor) -> Tensor:
         lambda: 0.23 - (radius - 0.72).abs(),
         lambda: 0.8 - torch.maximum(x.abs(), y.abs()),
         lambda: polygon(3),
-        lambda: torch.maximum(torch.minimum(0.95 - x.abs(), 0.3 - y.abs()), torch.minimum(0.3 - x.abs(), 0.95 - y.abs())),
+        lambda: torch.maximum(
+            torch.minimum(0.95 - x.abs(), 0.3 - y.abs()), torch.minimum(0.3 - x.abs(), 0.95 - y.abs())
+        ),
         lambda: (0.67 + 0.28 * torch.cos(5 * (angle + math.pi / 2)) - radius) * 0.6,
         lambda: torch.minimum(0.9 - x.abs(), 0.28 - (y.abs() - 0.55).abs()),
         lambda: torch.minimum(0.95 - ((y - 0.4).square() + x * x).sqrt(), 0.4 - y),
@@ -222,7 +248,6 @@ def draw_shapes(seed: int, indices: range, size: int = 32) -> tuple[Tensor, Tens
     """Images (n, 3, size, size) uint8 and labels (n,) that depend on (seed, index) alone. The class is the shape; colour,
     contrast, place, size, rotation, background and noise tell nothing of it. [test_shapes_colour_tells_nothing]"""
     labels = torch.tensor([i % len(SHAPES) for i in indices])
-    n = len(indices)
     draws = [rng(seed, "shape", i) for i in indices]
     u = torch.stack([torch.rand(16, generator=g) for g in draws])[:, :, None, None]  # (n, 16, 1, 1)
     noise = torch.stack([torch.randn(3, size, size, generator=g) for g in draws])
@@ -247,62 +272,64 @@ def draw_shapes(seed: int, indices: range, size: int = 32) -> tuple[Tensor, Tens
     return (image.clamp(0, 1) * 255).round().to(torch.uint8), labels
 
 
-def index_folder(folder: Path, labelled: bool) -> tuple[list[Path], Tensor | None, list[str]]:
-    """Image paths below `folder` in sorted order, with labels where its sub-folders are classes."""
+def index_folder(folder: Path) -> tuple[list[Path], Tensor | None, list[str]]:
+    """Image paths below `folder` in sorted order, with labels if all of them lie in sub-folders, the classes."""
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
     if not paths:
         fail(f"{folder} holds no images ({', '.join(sorted(SUFFIXES))})")
-    if not labelled:
+    if any(p.parent == folder for p in paths):
         return paths, None, []
-    stray = next((p for p in paths if p.parent == folder), None)
-    if stray:
-        fail(f"{stray} lies outside the class folders of {folder}")
     names = [p.relative_to(folder).parts[0] for p in paths]
-    classes = sorted(set(names))
-    position = {name: i for i, name in enumerate(classes)}
-    return paths, torch.tensor([position[name] for name in names]), classes
+    position = {name: i for i, name in enumerate(sorted(set(names)))}
+    return paths, torch.tensor([position[name] for name in names]), list(position)
 
 
-def load_folder(folder: Path, labelled: bool, device: torch.device, cache_mb: int) -> Images:
-    paths, labels, classes = index_folder(folder, labelled)
-    first = decode(paths[0])
-    if first.numel() * len(paths) > cache_mb * 2**20:
-        return Images(None, paths, labels, classes)
-    pixels = torch.empty(len(paths), *first.shape, dtype=torch.uint8)
-    for i, path in enumerate(paths):
-        image = decode(path)
-        if image.shape != first.shape:
+def load_folder(folder: Path, device: torch.device, cache_mb: int) -> Images:
+    """In memory if all images are of the first one's size and fit, else as paths."""
+    paths, labels, classes = index_folder(folder)
+    try:
+        first = decode(paths[0])
+        if first.numel() * len(paths) > cache_mb * 2**20:
             return Images(None, paths, labels, classes)
-        pixels[i] = image
+        pixels = torch.empty(len(paths), *first.shape, dtype=torch.uint8)
+        for i, path in enumerate(paths):
+            image = decode(path)
+            if image.shape != first.shape:
+                return Images(None, paths, labels, classes)
+            pixels[i] = image
+    except UnreadableImage as error:
+        fail(str(error))
     return Images(pixels.to(device), paths, labels, classes)
 
 
-def load_data(dataset: str, data: str | None, seed: int, device: torch.device, cache_mb: int = 1024) -> tuple[Images, Images | None]:
-    """Training and validation images. `data` has train/ and val/ with a folder per class, or is any tree of images."""
+def load_data(
+    dataset: str, data: str | None, seed: int, device: torch.device, cache_mb: int = 1024
+) -> tuple[Images, Images | None]:
+    """Training and validation images. `data` has train/ and perhaps val/, or is any tree of images, or torchvision's CIFAR."""
     if dataset == "shapes":
         if data is not None:
-            fail("the recipe shapes draws its images; for a folder of yours choose another --recipe or --dataset folder")
+            fail(
+                "the recipe shapes draws its images; for a folder of images choose another --recipe, or --dataset folder"
+            )
         splits = [draw_shapes(seed, range(start, start + n)) for start, n in ((0, 6000), (1_000_000, 1000))]
         return tuple(Images(pixels.to(device), None, labels, SHAPES) for pixels, labels in splits)
     if data is None:
         fail(f"the dataset {dataset} needs --data FOLDER")
     root = Path(data)
-    if (root / "train").is_dir():
-        train = load_folder(root / "train", True, device, cache_mb)
-        val = load_folder(root / "val", True, device, cache_mb) if (root / "val").is_dir() else None
-        if val and val.classes != train.classes:
-            odd = sorted(set(val.classes) ^ set(train.classes))
-            fail(f"{root}/train and {root}/val have different classes, {odd[0]!r} among them")
-        return train, val
-    if dataset in ("cifar10", "cifar100"):
-        return load_cifar(dataset, root, device)
     if not root.is_dir():
         fail(f"--data {root}: no such folder")
-    return load_folder(root, False, device, cache_mb), None
+    if not (root / "train").is_dir():
+        return load_cifar(dataset, root, device) if dataset != "folder" else (load_folder(root, device, cache_mb), None)
+    train = load_folder(root / "train", device, cache_mb)
+    val = load_folder(root / "val", device, cache_mb) if (root / "val").is_dir() else None
+    if val and train.classes and val.classes != train.classes:
+        odd = sorted(set(val.classes) ^ set(train.classes))
+        fail(f"{root}/train and {root}/val have different classes, {odd[0]!r} among them")
+    return train, val
 
 
 def load_cifar(dataset: str, root: Path, device: torch.device) -> tuple[Images, Images]:
-    """torchvision's own format, downloaded where it is not there."""
+    """torchvision's own format, downloaded to `root` where it is not there."""
     kind = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[dataset]
     try:
         if rank_and_world()[0] == 0:
@@ -311,9 +338,16 @@ def load_cifar(dataset: str, root: Path, device: torch.device) -> tuple[Images, 
             dist.barrier()
         splits = [kind(root, train=train) for train in (True, False)]
     except (OSError, RuntimeError) as error:
-        fail(f"--data {root} has neither train/ nor {dataset} in torchvision's format, and its download failed: {error}")
+        fail(
+            f"--data {root} has neither train/ nor {dataset} in torchvision's format, and its download failed: {error}"
+        )
     return tuple(
-        Images(torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous().to(device), None, torch.tensor(s.targets), s.classes)
+        Images(
+            torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous().to(device),
+            None,
+            torch.tensor(s.targets),
+            s.classes,
+        )
         for s in splits
     )
 
@@ -358,7 +392,9 @@ def resized_crops(images: Tensor, boxes: Tensor, size: int) -> Tensor:
     top, left, height, width = boxes.to(images.device).unbind(1)
     rows = resize_matrix(top, height, images.shape[2], size)[:, None]  # (n, 1, size, h)
     columns = resize_matrix(left, width, images.shape[3], size)[:, None]
-    return (rows @ (images.float() / 255 @ columns.mT).clamp(0, 1)).clamp(0, 1)  # overshoot is cut after each pass, as for uint8
+    return (rows @ (images.float() / 255 @ columns.mT).clamp(0, 1)).clamp(
+        0, 1
+    )  # overshoot is cut after each pass, as for uint8
 
 
 def gray(x: Tensor) -> Tensor:
@@ -453,7 +489,7 @@ class RandomCrops:
 class CentreCrop:
     size: int
 
-    def __call__(self, image: Tensor, key: int) -> Tensor:
+    def __call__(self, image: Tensor, key: int | None = None) -> Tensor:
         image = TF.resize(image, [round(self.size * 256 / 224)], TF.InterpolationMode.BILINEAR, antialias=True)
         return TF.center_crop(image, [self.size, self.size])
 
@@ -473,25 +509,31 @@ def training_views(images: Images, recipe: Recipe, seed: int, step: int, workers
         order = epoch_order(len(images), seed, epoch, recipe.batch_size)[first:, share]  # (steps left, b)
         if images.pixels is None:
             keys = [[(epoch, i) for i in row] for row in order.tolist()]
-            loader = torch.utils.data.DataLoader(
-                Decoded(images.paths, RandomCrops(recipe, seed)), batch_sampler=keys, num_workers=workers,
-                pin_memory=device.type == "cuda", prefetch_factor=4 if workers else None,
-            )  # fmt: skip
-            batches = ([v.to(device, non_blocking=True).float() / 255 for v in views] for views in loader)
+            batches = (
+                [v.to(device, non_blocking=True).float() / 255 for v in views]
+                for views in read(Decoded(images.paths, RandomCrops(recipe, seed)), workers, device, batch_sampler=keys)
+            )
         else:
-            batches = (memory_crops(images.pixels, rows, recipe, seed, step + i, share) for i, rows in enumerate(order))
+            batches = (memory_crops(images.pixels, b, recipe, seed, s, share) for s, b in enumerate(order, start=step))
         for views in batches:
-            yield [
-                augment(
-                    x,
-                    torch.rand(recipe.batch_size, 10, generator=rng(seed, "colour", step, v))[share],
-                    torch.randperm(4, generator=rng(seed, "jitter order", step, v)).tolist(),
-                    recipe,
-                    v,
-                )
-                for v, x in enumerate(views)
-            ]
+            for v, x in enumerate(views):
+                u = torch.rand(recipe.batch_size, 10, generator=rng(seed, "colour", step, v))[share]
+                operations = torch.randperm(4, generator=rng(seed, "operations", step, v)).tolist()
+                views[v] = augment(x, u, operations, recipe, v)
+            yield views
             step += 1
+
+
+def read(dataset: Decoded, workers: int, device: torch.device, **batches):
+    """Batches that workers decode; an unreadable image ends the run with its name."""
+    pinned, ahead = device.type == "cuda", 4 if workers else None
+    loader = torch.utils.data.DataLoader(
+        dataset, num_workers=workers, pin_memory=pinned, prefetch_factor=ahead, **batches
+    )
+    try:
+        yield from loader
+    except UnreadableImage as error:  # a worker's traceback ends with the message
+        fail(str(error).strip().splitlines()[-1].split("UnreadableImage: ")[-1], alone=True)
 
 
 def memory_crops(pixels: Tensor, rows: Tensor, recipe: Recipe, seed: int, step: int, share: slice) -> list[Tensor]:
@@ -508,11 +550,22 @@ def memory_crops(pixels: Tensor, rows: Tensor, recipe: Recipe, seed: int, step: 
 # Network
 
 
-def build_backbone(arch: str, stem: str, zero_init_residual: bool = False) -> tuple[nn.Module, int]:
-    """A torchvision ResNet without its classifier, and the width of its features."""
-    if not hasattr(torchvision.models, arch) or not arch.startswith(("resnet", "wide_resnet", "resnext")):
-        fail(f"--arch {arch}: not a ResNet of torchvision (resnet18, resnet50, wide_resnet50_2, ...)")
-    net = getattr(torchvision.models, arch)(weights=None, zero_init_residual=zero_init_residual)
+def build_backbone(arch: str, stem: str, size: int, zero_init_residual: bool = False) -> tuple[nn.Module, int]:
+    """A torchvision ResNet or ViT without its classifier, and the width of its features. `size`: pixels, for a ViT."""
+    models = torchvision.models
+    if arch in ("vit_tiny", "vit_small", "vit_b_16"):
+        heads = {"vit_tiny": 3, "vit_small": 6, "vit_b_16": 12}[arch]
+        patch, width = {"imagenet": 16, "small": 8, "cifar": 4}[stem], 64 * heads
+        if size % patch:
+            fail(f"--arch {arch} with --stem {stem} needs views of a multiple of {patch} pixels, got {size}")
+        net = models.VisionTransformer(size, patch, 12, heads, width, 4 * width)
+        net.heads = nn.Identity()
+        return net, width
+    if arch not in models.list_models(module=models) or not arch.startswith(("resnet", "wide_resnet", "resnext")):
+        fail(
+            f"--arch {arch}: not one of vit_tiny, vit_small, vit_b_16 and torchvision's resnet18, resnet50, wide_resnet50_2, ..."
+        )
+    net = getattr(models, arch)(weights=None, zero_init_residual=zero_init_residual)
     width = net.fc.in_features
     net.fc = nn.Identity()
     if stem != "imagenet":
@@ -529,7 +582,7 @@ class Network(nn.Module):
 
     def __init__(self, recipe: Recipe):
         super().__init__()
-        self.backbone, width = build_backbone(recipe.arch, recipe.stem, recipe.zero_init_residual)
+        self.backbone, width = build_backbone(recipe.arch, recipe.stem, recipe.view_sizes[0], recipe.zero_init_residual)
         self.projector = nn.Sequential(
             nn.Linear(width, recipe.hidden, bias=False), nn.BatchNorm1d(recipe.hidden), nn.ReLU(inplace=True),
             nn.Linear(recipe.hidden, recipe.hidden, bias=False), nn.BatchNorm1d(recipe.hidden), nn.ReLU(inplace=True),
@@ -548,12 +601,11 @@ class SpectralLoss(nn.Module):
         self.p, self.axis, self.parts = p, axis, {}
 
     def forward(self, views: list[Tensor], teacher: Tensor | None = None) -> Tensor:
-        z = gather(torch.stack(views if teacher is None else [teacher.detach(), *views]).float())  # (V, m, d)
+        z = gather(torch.stack(views if teacher is None else [teacher.detach(), *views]))  # (V, m, d)
         z_hat = spectral_transform(z, power(self.p), axis=self.axis)
         loss = 2 - 2 * cosine_similarity(z_hat[1:], z_hat[:1], dim=-1).mean()
         self.parts = {"alignment": loss.detach()}
-        world = rank_and_world()[1]
-        return loss.detach() + world * (loss - loss.detach())  # undo the average of DistributedDataParallel
+        return undo_ddp_average(loss)
 
 
 def build_criterion(recipe: Recipe) -> nn.Module:
@@ -594,15 +646,19 @@ def teacher_momentum(step: int, steps: int, recipe: Recipe) -> float:
 
 
 @torch.no_grad()
-def encode(backbone: nn.Module, images: Images, dataset: str, size: int, chosen: Tensor, device, dtype=torch.float32, workers=2) -> Tensor:
+def encode(
+    backbone: nn.Module, images: Images, dataset: str, size: int, chosen: Tensor, device, dtype=torch.float32, workers=2
+) -> Tensor:
     """Features (n, width) in float32 on the CPU of the `chosen` images (n,), computed by all processes in eval mode."""
     rank, world = rank_and_world()
     mine, was_training = chosen[rank::world].tolist(), backbone.training
     backbone.eval()
     if images.pixels is None:
-        batches = torch.utils.data.DataLoader(Decoded(images.paths, CentreCrop(size)), batch_size=128, sampler=mine, num_workers=workers)
+        batches = read(Decoded(images.paths, CentreCrop(size)), workers, device, batch_size=128, sampler=mine)
     else:
         batches = (images.pixels[i] for i in torch.tensor(mine, device=images.pixels.device).split(128))
+        if images.pixels.shape[2:] != (size, size):
+            batches = map(CentreCrop(size), batches)
     features = []
     for x in batches:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -630,7 +686,7 @@ def knn_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Ten
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# Checkpoints: tensors and primitives only, never half-written
+# Checkpoints, logs and the alarm
 
 
 def save_atomically(data, path: Path):
@@ -648,21 +704,23 @@ def load_checkpoint(path: Path, device="cpu") -> dict:
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError:
-        fail(f"{path} holds more than tensors and numbers; it is not loaded, since unpickling it could run code")
+        fail(
+            f"{path} holds more than tensors and numbers, or is damaged; it is not unpickled, since that could run code"
+        )
     except (OSError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        fail(f"{path} cannot be read as a checkpoint ({str(error).splitlines()[0]}); delete it or give --fresh")
+        fail(f"{path} cannot be read as a checkpoint ({str(error).splitlines()[0]})")
 
 
 class Log:
-    """Lines on the terminal, the same as JSON in log.jsonl, and scalars for TensorBoard."""
+    """Lines on the terminal, the same numbers as JSON in log.jsonl and as scalars for TensorBoard; first process only."""
 
     def __init__(self, folder: Path, step: int):
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only the first process writes
 
         self.path = folder / "log.jsonl"
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        kept = [line for line in lines if json.loads(line).get("step", 0) <= step] if step else []
-        self.path.write_text("".join(line + "\n" for line in kept))  # what came after the checkpoint will come again
+        lines = self.path.read_text().splitlines() if step and self.path.exists() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        self.path.write_text("".join(line + "\n" for line in kept))  # what came after the checkpoint comes again
         self.board = SummaryWriter(folder, purge_step=step)
 
     def write(self, text: str, **values):
@@ -670,8 +728,18 @@ class Log:
         with open(self.path, "a") as file:
             file.write(json.dumps(values) + "\n")
         for name, value in values.items():
-            if isinstance(value, (int, float)) and name != "step":
+            if name != "step":
                 self.board.add_scalar(name, value, values["step"])
+
+
+def alarm(ranks: list[float], score: float | None, attainable: float) -> str | None:
+    """Collapse, announced: the embedding's effective rank of the last epochs, the last score, and the score's least value."""
+    if score is not None and score < 2 * attainable:
+        return f"the spectral score {score:.3f} is near its least value {attainable:.3f}: one direction holds all the variance"
+    last = ranks[-4:]
+    if len(last) == 4 and all(a > b for a, b in zip(last, last[1:])) and last[-1] < 0.7 * last[0]:
+        return f"the embedding's effective rank falls steadily: {', '.join(f'{r:.1f}' for r in last)}"
+    return None
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -680,82 +748,141 @@ class Log:
 
 def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Recipe]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", default="shapes", choices=RECIPES, help="published settings (default: shapes)")
-    parser.add_argument("--data", help="folder with train/ and val/, or any tree of images; not for shapes")
-    parser.add_argument("--output", help="folder of the run (default: runs/<recipe>)")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights, the order and the augmentation")
-    parser.add_argument("--fresh", action="store_true", help="start over; an earlier run is kept under another name")
-    parser.add_argument("--max-steps", type=int, help="stop after this many steps of the schedule")
-    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that decode images, for each process")
-    parser.add_argument("--cache-mb", type=int, default=1024, help="keep images of one size in memory up to this many MiB")
-    parser.add_argument("--log-every", type=int, default=10, help="steps between two lines")
-    parser.add_argument("--save-every", type=int, default=1, help="epochs between two checkpoints")
-    parser.add_argument("--knn-images", type=int, default=20_000, help="at most this many training images vote in the k-NN; 0: no k-NN")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    parser.add_argument("--precision", default="auto", choices=["auto", "bfloat16", "float16", "float32"])
-    parser.add_argument("--compile", action="store_true", help="torch.compile the backbone")
-    group = parser.add_argument_group("fields of a recipe (default: the recipe's)")
+    add = parser.add_argument
+    add("--recipe", default="shapes", choices=RECIPES, help="published settings (default: shapes)")
+    add("--data", help="folder with train/ and val/, or any tree of images; not for shapes")
+    add("--output", help="folder of the run (default: runs/<recipe>)")
+    add("--seed", type=int, default=0, help="of the weights, the order and the augmentation")
+    add("--fresh", action="store_true", help="start over; an earlier run is kept under another name")
+    add("--max-steps", type=int, help="stop after this many steps of the schedule")
+    add(
+        "--workers",
+        type=int,
+        default=min(8, os.cpu_count() or 1),
+        help="processes that decode images, for each process",
+    )
+    add("--cache-mb", type=int, default=1024, help="keep images of one size in memory up to this many MiB")
+    add("--log-every", type=int, default=10, help="steps between two lines")
+    add("--save-every", type=int, default=1, help="epochs between two checkpoints")
+    add("--knn-images", type=int, default=20_000, help="training images that vote in each epoch's k-NN; 0: no k-NN")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    add("--precision", default="auto", choices=["auto", "bfloat16", "float16", "float32"])
+    add("--compile", action="store_true", help="torch.compile the backbone")
+    group = parser.add_argument_group("fields of the recipe, which these flags override")
     for f in fields(Recipe):
-        name, kind = "--" + f.name.replace("_", "-"), f.type
         options = dict(f.metadata, default=argparse.SUPPRESS)
-        if kind is bool:
+        if f.type is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
-            inner = next((t for t in (int, float, str) if str(t.__name__) in str(kind)), str)
-            options |= {"type": inner} | ({"nargs": "+"} if "tuple" in str(kind) else {})
-        group.add_argument(name, **options)
+            options["type"] = next(t for t in (int, float, str) if t.__name__ in str(f.type))
+            options |= {"nargs": "+"} if "tuple" in str(f.type) else {}
+        group.add_argument("--" + f.name.replace("_", "-"), **options)
     args = parser.parse_args(argv)
-    changed = {f.name: getattr(args, f.name) for f in fields(Recipe) if hasattr(args, f.name)}
-    changed = {k: tuple(v) if isinstance(v, list) else v for k, v in changed.items()}
-    return args, replace(RECIPES[args.recipe], **changed)
+    given = {f.name: getattr(args, f.name) for f in fields(Recipe) if hasattr(args, f.name)}
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    recipe = replace(RECIPES[args.recipe], **given)
+    if args.recipe == "imagenet-multicrop" and "base_lr" not in given:
+        recipe = replace(recipe, base_lr=MULTICROP_LR.get(recipe.epochs, recipe.base_lr))
+    return args, recipe
 
 
 def check(recipe: Recipe, args: argparse.Namespace):
     """Whatever can be known to be wrong before any work is done."""
-    _, world = rank_and_world()
-    views = len(recipe.view_sizes)
+    world, views = rank_and_world()[1], len(recipe.view_sizes)
+    least = {"epochs": 1, "hidden": 1, "out": 2, "batch_size": 2, "warmup_epochs": 0, "base_lr": 0, "log_every": 1}
+    for name, value in (least | {"save_every": 1, "knn_images": 0, "workers": 0, "max_steps": 1}).items():
+        given = getattr(recipe, name, getattr(args, name, None))
+        if given is not None and given < value:
+            fail(f"--{name.replace('_', '-')} must be at least {value}, got {given}")
+    if recipe.warmup_epochs >= recipe.epochs:
+        fail(f"--warmup-epochs {recipe.warmup_epochs} leaves nothing of --epochs {recipe.epochs}")
     if recipe.batch_size % world:
         below = recipe.batch_size // world * world
+        near = f"{below} or {below + world}" if below else world
         fail(
-            f"--batch-size {recipe.batch_size} is the global batch and must be divisible by the {world} processes: {below} or {below + world} would be"
+            f"--batch-size {recipe.batch_size}, the global batch, is not divisible by {world} processes; {near} would be"
         )
-    if recipe.batch_size < 2 or recipe.batch_size // world < 2:
+    if recipe.batch_size // world < 2:
         fail(f"--batch-size {recipe.batch_size} on {world} processes: BatchNorm needs at least 2 images on each")
     if views < 2:
         fail("--view-sizes needs at least two views")
     for name in ("min_scale", "max_scale", "blur", "solarize"):
         if len(getattr(recipe, name)) not in (1, views):
-            fail(f"--{name.replace('_', '-')} takes one number or one for each of the {views} views")
-    if len(recipe.jitter) != 4:
-        fail("--jitter takes four numbers: brightness, contrast, saturation, hue")
-    for name in ("epochs", "hidden", "out", "iterations"):
-        if getattr(recipe, name) < 1:
-            fail(f"--{name} must be at least 1")
-    if recipe.ema is not None and recipe.loss == "cwrgp":
-        fail("--loss cwrgp compares all pairs of views and has no teacher: leave --ema out")
+            fail(f"--{name.replace('_', '-')} takes one number, or one for each of the {views} views")
+    if any(not 0 < of_view(recipe.min_scale, v) <= of_view(recipe.max_scale, v) <= 1 for v in range(views)):
+        fail("--min-scale and --max-scale are fractions of the image's area: 0 < min <= max <= 1")
+    if len(recipe.jitter) != 4 or not 0 <= recipe.jitter[3] <= 0.5:
+        fail("--jitter takes four numbers: brightness, contrast, saturation, and hue of at most 0.5")
+    if not 1 <= recipe.iterations <= 40:
+        fail(f"--iterations must be between 1 and 40, got {recipe.iterations}")
+    if recipe.ema is not None and (recipe.loss == "cwrgp" or not 0 <= recipe.ema <= 1):
+        fail("--ema is a momentum between 0 and 1, and --loss cwrgp, which compares all pairs of views, has no teacher")
+    if recipe.arch.startswith("vit") and len(set(recipe.view_sizes)) > 1:
+        fail("--arch vit_* takes views of one size: its position embedding has one length")
 
 
 def resume_point(folder: Path, config: dict, fresh: bool) -> dict | None:
     """The checkpoint to go on from, or None for a new run. A folder with something else in it is left alone."""
-    if fresh and folder.exists() and rank_and_world()[0] == 0:
-        aside = next(p for i in itertools.count(1) if not (p := folder.with_name(f"{folder.name}.{i}")).exists())
-        folder.rename(aside)
-        say(f"--fresh: the earlier run is kept as {aside}")
-    if not folder.exists() or fresh or not any(folder.iterdir()):
+    if fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":  # torchrun's own restarts resume
+        if folder.exists() and rank_and_world()[0] == 0:
+            numbered = (folder.with_name(f"{folder.name}.{i}") for i in itertools.count(1))
+            aside = next(path for path in numbered if not path.exists())
+            folder.rename(aside)
+            say(f"--fresh: the earlier run is kept as {aside}")
+        return None
+    if folder.exists() and not folder.is_dir():
+        fail(f"--output {folder} is a file")
+    if not folder.exists() or not any(folder.iterdir()):
         return None
     if not (folder / "config.json").exists():
         fail(f"{folder} is not empty and holds no run of this script: choose another --output")
     try:
-        before = json.loads((folder / "config.json").read_text())
+        there = json.loads((folder / "config.json").read_text())
     except ValueError:
         fail(f"{folder}/config.json is damaged: choose another --output or give --fresh")
-    now = json.loads(json.dumps(config))
-    differing = [
-        f"{k}: {before.get(k)} there, {now.get(k)} here" for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)
-    ]
-    if differing:
-        fail(f"{folder} holds a run of another configuration ({'; '.join(differing)}): choose another --output or give --fresh")
-    return load_checkpoint(folder / "checkpoint.pt") if (folder / "checkpoint.pt").exists() else None
+    here = json.loads(json.dumps(config))
+    names = [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
+    if names:
+        differing = ", ".join(f"{name} {there.get(name)} there and {here.get(name)} here" for name in names)
+        fail(f"{folder} holds another run ({differing}): choose another --output or give --fresh")
+    if not (folder / "checkpoint.pt").exists():
+        return None
+    saved = load_checkpoint(folder / "checkpoint.pt")
+    if not isinstance(saved, dict) or not {"step", "network", "optimizer"} <= saved.keys():
+        fail(f"{folder}/checkpoint.pt is no checkpoint of this script: choose another --output or give --fresh")
+    return saved
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# One step, and the run
+
+
+def step_loss(model, teacher, criterion, views: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The loss of one batch and the embedding (b, out) of its last view. `teacher`, if any, embeds view 0 alone."""
+    half = torch.autocast(views[0].device.type, dtype, enabled=dtype != torch.float32)
+    if teacher is None:
+        with half:
+            z = model(views)
+        return criterion([v if v.dtype == torch.float64 else v.float() for v in z]), z[-1].detach()
+    with half:
+        with torch.no_grad():
+            anchor = teacher(views[:1])[0]
+        z = model(views[1:])
+    return criterion([v if v.dtype == torch.float64 else v.float() for v in z], anchor.to(z[0].dtype)), z[-1].detach()
+
+
+def move_teacher(teacher: nn.Module, student: nn.Module, momentum: float):
+    """Parameters alone; the teacher's BN statistics are those of its own batches."""
+    with torch.no_grad():
+        torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
+
+
+def any_process(flag: bool, device: torch.device) -> bool:
+    if rank_and_world()[1] == 1:
+        return flag
+    flags = torch.tensor(float(flag), device=device)
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return bool(flags)
 
 
 def main(argv: list[str] | None = None):
@@ -769,8 +896,9 @@ def main(argv: list[str] | None = None):
     train, val = load_data(recipe.dataset, args.data, args.seed, device, args.cache_mb)
     if len(train) < recipe.batch_size:
         fail(f"{len(train)} training images are fewer than one batch of {recipe.batch_size}: lower --batch-size")
-    steps = len(train) // recipe.batch_size
+    steps = len(train) // recipe.batch_size  # of one epoch; images left over wait for the next epoch's order
     total = recipe.epochs * steps
+    last = min(total, args.max_steps or total)
     config = dataclasses.asdict(recipe) | {"recipe": args.recipe, "seed": args.seed, "images": len(train)}
     saved = resume_point(folder, config, args.fresh)
     if dist.is_initialized():
@@ -778,27 +906,25 @@ def main(argv: list[str] | None = None):
 
     torch.manual_seed(args.seed)
     network = Network(recipe).to(device, memory_format=torch.channels_last)
-    backbone = network.backbone
     teacher = copy.deepcopy(network).requires_grad_(False) if recipe.ema is not None else None
-    model = network
-    if world > 1:
-        if device.type == "cuda":  # SyncBatchNorm works on GPUs alone; on CPUs every process normalises by its own share
-            network = model = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-            backbone = network.backbone
-            teacher = nn.SyncBatchNorm.convert_sync_batchnorm(teacher) if teacher else None
-        model = nn.parallel.DistributedDataParallel(network, device_ids=[device.index] if device.index is not None else None)
-    if args.compile:
-        backbone.compile()
+    if world > 1 and device.type == "cuda":  # SyncBatchNorm is for GPUs; on CPUs a process normalises its own share
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        teacher = nn.SyncBatchNorm.convert_sync_batchnorm(teacher) if teacher else None
+    backbone = network.backbone
     optimizer = build_optimizer(network, recipe)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    step = 0
+    step, history = 0, {"random_knn": None, "trained_knn": None, "ranks": []}
     if saved:
-        step = saved["step"]
+        step, history = saved["step"], saved["history"]
         network.load_state_dict(saved["network"])
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
         if teacher:
             teacher.load_state_dict(saved["teacher"])
+    if args.compile:
+        backbone.compile()
+    ids = [device.index or torch.cuda.current_device()] if device.type == "cuda" else None
+    model = nn.parallel.DistributedDataParallel(network, device_ids=ids) if world > 1 else network
 
     log = None
     if rank == 0:
@@ -808,74 +934,84 @@ def main(argv: list[str] | None = None):
             log = Log(folder, step)
         except OSError as error:
             fail(f"--output {folder} cannot be written: {error}")
-    weights = sum(p.numel() for p in network.parameters())
+    parameters = sum(p.numel() for p in network.parameters()) / 1e6
+    where = "in memory" if train.pixels is not None else f"read by {args.workers} workers"
+    say(f"{args.recipe}: {len(train)} images {where}; {recipe.epochs} epochs of {steps} steps; output {folder}")
     say(
-        f"{args.recipe}: {len(train)} images, {recipe.epochs} epochs of {steps} steps, global batch {recipe.batch_size} on {world} process(es)"
+        f"{recipe.arch}, projector {recipe.hidden}-{recipe.hidden}-{recipe.out}, {parameters:.1f} M parameters; loss {recipe.loss}"
     )
-    say(f"{recipe.arch} with projector {recipe.hidden}-{recipe.hidden}-{recipe.out}, {weights / 1e6:.1f} M parameters; loss {recipe.loss}; "
-        f"learning rate {recipe.base_lr} x {recipe.batch_size}/256 = {recipe.base_lr * recipe.batch_size / 256:g}")  # fmt: skip
-    say(
-        f"{device}, {dtype} ({reason}); images {'in memory' if train.pixels is not None else f'read by {args.workers} workers'}; output {folder}"
-    )
+    rate = recipe.base_lr * recipe.batch_size / 256
+    say(f"loss {recipe.loss}; global batch {recipe.batch_size} on {world} process(es)")
+    say(f"learning rate {recipe.base_lr} x {recipe.batch_size}/256 = {rate:g}")
+    say(f"{device}, {str(dtype).removeprefix('torch.')}: {reason}")
 
-    # Evaluation each epoch: features of at most --knn-images training images and of the validation images.
+    # Each epoch: features of the validation images and of at most --knn-images training images.
     voters = torch.randperm(len(train), generator=rng(args.seed, "voters"))[: args.knn_images]
     size = recipe.view_sizes[0]
 
-    def evaluate(epoch: int, embedding: Tensor | None):
-        numbers, started = {"step": step, "epoch": epoch}, time.time()
-        probe = val if val is not None else train
-        chosen = torch.arange(min(len(probe), 10_000)) if val is not None else voters[:2000]
-        queries = encode(backbone, probe, recipe.dataset, size, chosen, device, dtype, args.workers)
+    def evaluate(embedding: Tensor | None) -> float | None:
+        started = time.time()
+        numbers = {"step": step, "epoch": step / steps}
+        queried = torch.arange(len(val))[:10_000] if val else torch.arange(len(train))[:2000]
+        queries = encode(backbone, val or train, recipe.dataset, size, queried, device, dtype, args.workers)
+        if not queries.isfinite().all():
+            fail(f"the backbone's features are not finite at step {step}. The last checkpoint in {folder} is kept. "
+                 "A lower --base-lr or --precision float32 may help")  # fmt: skip
         numbers["feature_rank"] = effective_rank(queries).item()
-        if val is not None and len(voters):
+        text = f"effective rank: features {numbers['feature_rank']:.1f} of {min(queries.shape)}"
+        if val and len(voters) and train.classes:
             bank = encode(backbone, train, recipe.dataset, size, voters, device, dtype, args.workers)
-            numbers["knn_top1"] = knn_accuracy(bank, train.labels[voters], queries, val.labels[chosen])
+            numbers["knn_top1"] = knn_accuracy(bank, train.labels[voters], queries, val.labels[queried])
+            text = f"5-NN top-1 {numbers['knn_top1']:.1f} %  {text}"
         if embedding is not None:
-            z = gather(embedding.detach().float())
+            z = gather(embedding.float())  # (batch, out)
             numbers |= {"embedding_rank": effective_rank(z).item(), "embedding_condition": condition_number(z).item()}
-            if log:
-                log.board.add_histogram("log10 of embedding eigenvalues", spectrum(z).clamp_min(1e-12).log10(), step)
+            text += f", embedding {numbers['embedding_rank']:.1f} of {min(z.shape)}"
+            text += f"; condition number {numbers['embedding_condition']:.3g}"
+            history["ranks"] = [*history["ranks"], numbers["embedding_rank"]][-4:]
         numbers["evaluation_seconds"] = time.time() - started
-        text = "  ".join([f"5-NN top-1 {numbers['knn_top1']:.1f} %"] if "knn_top1" in numbers else [])
-        text += f"  effective rank: features {numbers['feature_rank']:.1f} of {queries.shape[1]}"
-        if embedding is not None:
-            text += f", embedding {numbers['embedding_rank']:.1f} of {min(z.shape)}, condition number {numbers['embedding_condition']:.3g}"
         if log:
-            log.write(f"epoch {epoch}/{recipe.epochs}  {text.strip()}", **numbers)
+            log.write(f"epoch {step / steps:.2f}/{recipe.epochs}  {text}", **numbers)
+            if embedding is not None:
+                log.board.add_histogram(
+                    "log10 of the embedding's eigenvalues", spectrum(z).clamp_min(1e-12).log10(), step
+                )
         return numbers.get("knn_top1")
 
-    knn = {"random": saved["random_knn"], "trained": saved["trained_knn"]} if saved else {}
+    def save():
+        if rank == 0:
+            state = {"config": config, "step": step, "history": history, "scaler": scaler.state_dict()}
+            state |= {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
+            state |= {"teacher": teacher.state_dict() if teacher else None}
+            try:
+                save_atomically(state, folder / "checkpoint.pt")
+                save_atomically(
+                    {k: v.cpu().contiguous() for k, v in backbone.state_dict().items()}, folder / "backbone.pt"
+                )
+            except (OSError, RuntimeError) as error:
+                fail(
+                    f"no checkpoint could be written to {folder} ({error}); the one before it is untouched", alone=True
+                )
+
+    told_to_stop = []
+    for name in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(name, lambda number, frame: told_to_stop.append(number))
     if saved:
         say(f"resuming at step {step} of {total}")
     else:
-        knn["random"] = knn["trained"] = evaluate(0, None)
-    last = min(total, args.max_steps or total)
+        history["random_knn"] = history["trained_knn"] = evaluate(None)
     views = training_views(train, recipe, args.seed, step, args.workers, device)
-    started, waited, done = time.time(), 0.0, 0
+    started, training, waited, first = time.time(), 0.0, 0.0, step
     model.train()
     while step < last:
-        before = time.time()
-        try:
-            batch = next(views)
-        except UnreadableImage as error:
-            fail(str(error).strip().splitlines()[-1].removeprefix("train.UnreadableImage: "))
-        waited += time.time() - before
-
+        begin = time.time()
+        batch = next(views)
+        waited += time.time() - begin
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, recipe)
-        anchor = None
         if teacher:
-            momentum = teacher_momentum(step, steps, recipe)
-            with torch.no_grad():
-                torch._foreach_lerp_(list(teacher.parameters()), list(network.parameters()), 1 - momentum)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            if teacher:
-                with torch.no_grad():
-                    anchor = teacher([batch[0]])[0].float()
-                batch = batch[1:]
-            embeddings = [z.float() for z in model(batch)]
-        loss = criterion(embeddings, anchor) if teacher else criterion(embeddings)
+            move_teacher(teacher, network, teacher_momentum(step, steps, recipe))
+        loss, embedding = step_loss(model, teacher, criterion, batch, dtype)
         if recipe.orthogonality:
             weight = recipe.orthogonality_weight or {"so": 1e-6, "srip": 1e-3}[recipe.orthogonality]
             loss = loss + weight * orthogonality_penalty(backbone, recipe.orthogonality)
@@ -883,55 +1019,60 @@ def main(argv: list[str] | None = None):
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        step, done = step + 1, done + 1
+        step += 1
+        training += time.time() - begin
 
-        epoch_ends = step % steps == 0 or step == last
-        if step % args.log_every == 0 or epoch_ends:
-            numbers = {k: float(v) for k, v in {"loss": loss.detach(), **getattr(criterion, "parts", {})}.items()}
+        epoch_ends, logs = step % steps == 0 or step == last, step % args.log_every == 0
+        if logs or epoch_ends:
+            numbers = {k: float(v) for k, v in {"loss": loss.detach(), **criterion.parts}.items()}
             if not math.isfinite(numbers["loss"]):
-                fail(
-                    f"the loss is not finite at step {step}: {numbers}; the last checkpoint in {folder} is kept. Try a lower --base-lr or --precision float32"
-                )
-            seconds = time.time() - started
+                fail(f"the loss is not finite at step {step}: {numbers}. The last checkpoint in {folder} is kept. "
+                     "A lower --base-lr or --precision float32 may help")  # fmt: skip
             numbers |= {"step": step, "epoch": step / steps, "lr": optimizer.param_groups[0]["lr"]}
-            numbers |= {"images_per_second": done * recipe.batch_size / seconds, "waiting": waited / seconds}
+            numbers["images_per_second"] = (step - first) * recipe.batch_size / training
+            numbers["waiting"] = waited / training
             if log:
-                log.write(progress(numbers, recipe, total, (last - step) * seconds / done), **numbers)
+                remaining = (last - step) * (time.time() - started) / (step - first)
+                log.write(progress_line(numbers, recipe, total, remaining), **numbers)
         if epoch_ends:
-            paused = time.time()
-            knn["trained"] = evaluate(math.ceil(step / steps), embeddings[-1])
-            if rank == 0 and (math.ceil(step / steps) % args.save_every == 0 or step == last):
-                state = {"config": config, "step": step, "network": network.state_dict(), "optimizer": optimizer.state_dict()}
-                state |= {"scaler": scaler.state_dict(), "teacher": teacher.state_dict() if teacher else None}
-                state |= {"random_knn": knn["random"], "trained_knn": knn["trained"]}
-                try:
-                    save_atomically(state, folder / "checkpoint.pt")
-                    save_atomically({k: v.cpu().contiguous() for k, v in backbone.state_dict().items()}, folder / "backbone.pt")
-                except (OSError, RuntimeError) as error:
-                    fail(f"the checkpoint could not be written to {folder} ({error}); the one before it is untouched")
-            started += time.time() - paused
+            history["trained_knn"] = evaluate(embedding)
+            score = numbers.get("score")
+            warning = alarm(history["ranks"], score, 1 / attainable_variance(recipe))
+            if warning:
+                say(f"ALARM: {warning}")
+        stop = (world == 1 or logs or epoch_ends) and any_process(bool(told_to_stop), device)
+        if stop or (epoch_ends and (math.ceil(step / steps) % args.save_every == 0 or step == last)):
+            save()
+        if stop:
+            say(f"told to stop: saved at step {step} of {total}; the same command goes on from there")
+            break
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
-    if knn["trained"] is not None:
-        say(
-            f"5-NN top-1 on {len(val)} held-out images: random network {knn['random']:.1f} %, after {step / steps:g} epochs {knn['trained']:.1f} %"
-        )
-    say(f"backbone: {folder / 'backbone.pt'}; evaluate it with: python linear_eval.py --checkpoint {folder / 'checkpoint.pt'}"
-        + (f" --data {args.data}" if args.data else ""))  # fmt: skip
+    if step >= last:
+        if history["trained_knn"] is not None:
+            say(f"5-NN top-1 on {min(len(val), 10_000)} held-out images: random network {history['random_knn']:.1f} %, "
+                f"after {step / steps:g} epochs {history['trained_knn']:.1f} %")  # fmt: skip
+        data = f" --data {args.data}" if args.data else ""
+        say(f"next: python linear_eval.py --checkpoint {folder / 'checkpoint.pt'}{data}")
 
 
-def progress(numbers: dict, recipe: Recipe, total: int, remaining: float) -> str:
-    """epoch 3.20/8  step 147/368  loss 21.3 (alignment 0.61, trace 4.1 above its floor 209.6, score 0.97)  ..."""
-    parts = [f"alignment {numbers['alignment']:.3f}"] if "alignment" in numbers else []
+def attainable_variance(recipe: Recipe) -> float:
+    """Sum of the variances that IterNorm can reach, for which a collapse to one direction reaches 1."""
+    rank = min(recipe.batch_size, recipe.out) - (recipe.axis == "batch" or recipe.batch_size >= recipe.out)
+    return rank * newton_map(1 / rank, recipe.iterations)
+
+
+def progress_line(numbers: dict, recipe: Recipe, total: int, remaining: float) -> str:
+    parts = f"alignment {numbers['alignment']:.3f}" if "alignment" in numbers else recipe.loss
     if "trace" in numbers:
-        parts.append(f"trace {numbers['trace'] - numbers['floor']:.2f} above its floor {numbers['floor']:.1f}")
-        parts.append(f"score {numbers['score']:.3f}")
+        parts += f", trace {numbers['trace'] - numbers['floor']:.2f} above its floor {numbers['floor']:.1f}"
+        parts += f", score {numbers['score']:.3f}"
     hours, minutes = divmod(round(remaining / 60), 60)
-    eta = f"{hours} h {minutes:02d} min" if hours else f"{remaining / 60:.1f} min"
     return (
-        f"epoch {numbers['epoch']:.2f}/{recipe.epochs}  step {numbers['step']}/{total}  loss {numbers['loss']:.3f} ({', '.join(parts)})  "
-        f"lr {numbers['lr']:.4f}  {numbers['images_per_second']:.0f} images/s, {100 * numbers['waiting']:.0f} % waiting  ETA {eta}"
+        f"epoch {numbers['epoch']:.2f}/{recipe.epochs}  step {numbers['step']}/{total}  loss {numbers['loss']:.3f} ({parts})  "
+        f"lr {numbers['lr']:.4f}  {numbers['images_per_second']:.0f} images/s, {100 * numbers['waiting']:.0f} % waiting for data  "
+        f"ETA {f'{hours} h {minutes:02d} min' if hours else f'{remaining / 60:.1f} min'}"
     )
 
 
