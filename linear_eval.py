@@ -3,7 +3,6 @@
     python linear_eval.py                                                      # the default run, runs/shapes
     python linear_eval.py --checkpoint runs/cifar10/checkpoint.pt --data data/cifar10
     python linear_eval.py --checkpoint runs/cifar10/checkpoint.pt --data data/cifar10 --protocol knn
-    torchrun --nproc_per_node 8 linear_eval.py --checkpoint runs/imagenet/checkpoint.pt --data /data/imagenet
 
 Protocols (INTL paper, appendix): `features`, the CIFAR protocol: the features of all images once, without augmentation, then a
 linear classifier on them (Adam, 500 epochs, batch 1000, learning rate 1e-2 to 1e-6 exponentially, weight decay 5e-6);

@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -720,7 +721,7 @@ def test_batched_grey_solarise_flip_and_blur_equal_torchvision():
     assert_same_picture(run(solarize=(1.0,)), TF.solarize(x, 128))
     assert_same_picture(run(solarize=(1.0,), solarize_threshold=0), TF.invert(x))
     assert_same_picture(run(torch.cat([u[:, :9], torch.zeros(n, 1)], 1)), TF.horizontal_flip(x))
-    blurred = [TF.gaussian_blur(image, [3, 3], [s.item()] * 2) for image, s in zip(x, 0.1 + 1.9 * u[:, 7])]
+    blurred = [TF.gaussian_blur(image, [13, 13], [s.item()] * 2) for image, s in zip(x, 0.1 + 1.9 * u[:, 7])]
     assert_same_picture(run(blur=(1.0,)), torch.stack(blurred))
 
 
@@ -888,7 +889,7 @@ def test_recipes_are_the_published_ones():
 
 def test_alarm_announces_collapse():
     assert "falls steadily" in train.alarm([100, 80, 70, 60], 0.9, 0.04)
-    assert train.alarm([100, 80, 85, 60], 0.9, 0.04) is None and train.alarm([60, 50], 0.9, 0.04) is None
+    assert train.alarm([100, 80, 85, 60], 0.9, 0.04) is None and train.alarm([60, 50], 1, 0) is None
     assert "least value" in train.alarm([], 0.05, 0.04)
 
 
@@ -997,8 +998,8 @@ def test_two_processes_train_and_evaluate(kind, photos, tmp_path):
     assert one["top1"] == two["top1"] and one["knn_top1"] == two["knn_top1"] and one["top5"] == 100
 
 
-def test_loading_the_published_form(finished, photos, tmp_path):
-    """--protocol knn and --random; the results file grows by a line each; the backbone's file is not touched."""
+def test_knn_protocol_and_random_weights(finished, photos, tmp_path):
+    """The results file grows by a line each; the checkpoint is not touched."""
     folder = finished[0]
     before = (folder / "checkpoint.pt").read_bytes()
     options = ["--checkpoint", folder / "checkpoint.pt", "--data", photos / "same", "--protocol", "knn"]
@@ -1024,6 +1025,85 @@ def test_every_method_takes_a_step(flags, photos, tmp_path, capsys, monkeypatch)
     train.main([*arguments, *flags.split()])
     printed = capsys.readouterr().out
     assert "step 2/" in printed and "nan" not in printed
+
+
+@pytest.mark.parametrize("recipe", [name for name in train.RECIPES if name != "shapes"])
+def test_every_recipe_takes_a_step(recipe, photos, tmp_path, capsys):
+    """At a tenth of the size; its own network, views, loss and teacher."""
+    sizes = [max(32, s // 7) for s in train.RECIPES[recipe].view_sizes]
+    small = ["--hidden", "32", "--out", "32", "--batch-size", "8", "--max-steps", "1", "--knn-images", "8"]
+    options = ["--data", str(photos / "mixed"), "--output", str(tmp_path / "run"), "--view-sizes", *map(str, sizes)]
+    train.main(["--recipe", recipe, *small, *options, "--workers", "1"])
+    assert "step 1/" in capsys.readouterr().out
+
+
+def test_a_process_that_dies_ends_the_others(photos, tmp_path):
+    """torchrun notices, and stops the rest; nobody waits for the dead."""
+    script = tmp_path / "dies.py"
+    script.write_text(
+        f"""
+import os, sys
+sys.path.insert(0, {str(HERE)!r})
+import train
+step_loss = train.step_loss
+def dying(*arguments):
+    if os.environ["RANK"] == "1":
+        os._exit(7)
+    return step_loss(*arguments)
+train.step_loss = dying
+train.main(sys.argv[1:])
+"""
+    )
+    run = torchrun(2, script, *TINY, "--data", photos / "same", "--output", tmp_path / "run", timeout=120)
+    assert run.returncode != 0 and "exitcode  : 7" in run.stderr
+
+
+def test_two_nodes_on_one_machine(photos, tmp_path):
+    """Two torchrun agents with two processes each, meeting on the loopback device."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes",
+        "2",
+        "--nproc_per_node",
+        "2",
+        "--rdzv_id",
+        "7",
+    ]
+    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}", "--local_addr", "127.0.0.1"]
+    command += [HERE / "train.py", *TINY, "--data", photos / "same", "--output", tmp_path / "run", "--max-steps", "4"]
+    agents = [
+        subprocess.Popen(
+            [*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT
+        )
+        for _ in range(2)
+    ]
+    printed = [agent.communicate(timeout=200)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], printed
+    assert any("on 4 process(es)" in p and "step 4/" in p for p in printed)
+
+
+def test_unreadable_images_can_be_skipped(photos, tmp_path, capsys):
+    folder = tmp_path / "some broken"
+    folder.mkdir()
+    for i, path in enumerate(sorted((photos / "mixed").rglob("*.png"))[:20]):
+        (folder / f"{i}.png").write_bytes(path.read_bytes() if i % 5 else b"no picture")
+    arguments = [
+        *TINY,
+        "--data",
+        str(folder),
+        "--output",
+        str(tmp_path / "run"),
+        "--max-steps",
+        "1",
+        "--skip-unreadable",
+    ]
+    train.main([*arguments, "--batch-size", "20"])
+    assert "unreadable images were met" in capsys.readouterr().out
 
 
 def test_a_network_without_a_label_trains(photos, tmp_path, capsys):
@@ -1079,7 +1159,9 @@ def test_bad_commands_fail_with_one_clear_line(photos, finished, tmp_path, capsy
         ([*good, "--batch-size", "64"], "48 training images are fewer than one batch of 64"),
         ([*good, "--batch-size", "1"], "--batch-size must be at least 2"),
         ([*good, "--epochs", "0"], "--epochs must be at least 1"),
-        ([*good, "--loss", "power:x"], "--loss power:x"),
+        *[([*good, "--loss", name], f"--loss {name}") for name in ("power:x", "power:", "power", "foo", "whiten:3")],
+        ([*good, "--loss", "cwrgp"], "4 groups of 24 channels"),
+        ([*good, "--output", "notes", "--fresh"], "left alone"),
         ([*good, "--arch", "alexnet"], "--arch alexnet"),
         ([*good, "--view-sizes", "16"], "at least two views"),
         ([*good, "--blur", "0.1", "0.2", "0.3"], "--blur takes one number"),

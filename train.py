@@ -1,7 +1,7 @@
 """Pretrain a backbone with INTL, or with its kin, on one CPU, one GPU or many nodes.
 
     torchrun train.py                                                          # shapes: no data, no GPU, 4 minutes
-    torchrun train.py --recipe cifar10 --data data/cifar10                     # downloads CIFAR-10 there if it is not
+    mkdir -p data/cifar10 && torchrun train.py --recipe cifar10 --data data/cifar10       # downloads CIFAR-10 there
     torchrun --nproc_per_node 8 train.py --recipe imagenet --data /data/imagenet
     torchrun --nproc_per_node 8 train.py --recipe imagenet --data /photos      # any tree of images; labels not needed
     torchrun train.py --recipe cifar10 --data data/cifar10 --epochs 20 --base-lr 0.2 --loss whiten
@@ -16,12 +16,14 @@ import hashlib
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import signal
 import sys
 import time
 from dataclasses import dataclass, field, fields, replace
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 
 import torch
@@ -37,7 +39,6 @@ from intl import (
     condition_number,
     effective_rank,
     gather,
-    newton_map,
     orthogonality_penalty,
     power,
     spectral_transform,
@@ -81,7 +82,7 @@ class Recipe:
     groups: int = flag(4, "cwrgp: groups of channels")
     sub_batch: int | None = flag(None, "cwrgp: samples whitened together; default all")
     orthogonality: str | None = flag(None, "add this penalty on the backbone's weights", choices=["so", "srip"])
-    orthogonality_weight: float | None = flag(None, "its weight; default 1e-6 (so), 1e-3 (srip)")
+    orthogonality_weight: float | None = flag(None, "its weight; default as published")
     ema: float | None = flag(None, "momentum of a teacher for view 0, rising to 1 by a cosine; default: no teacher")
     view_sizes: tuple[int, ...] = flag((224, 224), "pixels of each view")
     min_scale: tuple[float, ...] = flag((0.08,), "least area of a crop, one number or one per view")
@@ -144,7 +145,7 @@ def say(message: str):
 
 def rng(*key) -> torch.Generator:
     """A generator that depends on the key alone. Every random number of a run comes from (seed, purpose, step, ...), so
-    there is no generator state to save, and a run does not depend on workers, processes or interruptions."""
+    there is no generator state to save, and what is drawn does not depend on workers, processes or interruptions."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
@@ -160,7 +161,7 @@ def choose_device(name: str) -> torch.device:
         local = int(os.environ.get("LOCAL_RANK", 0))
         if local >= torch.cuda.device_count():
             fail(
-                f"process {local} of this node has no GPU of its own: start at most {torch.cuda.device_count()} a node"
+                f"process {local} of this node has no GPU: start at most {torch.cuda.device_count()} on it", alone=True
             )
         torch.cuda.set_device(local)
     if world > 1 and not dist.is_initialized():
@@ -199,6 +200,9 @@ class Images:
     paths: list[Path] | None
     labels: Tensor | None  # (n,) int64
     classes: list[str]
+    skipped: Synchronized | None = (
+        None  # with --skip-unreadable: how often a worker met an image that it could not read
+    )
 
     def __len__(self) -> int:
         return len(self.paths) if self.pixels is None else len(self.pixels)
@@ -209,9 +213,10 @@ class UnreadableImage(Exception):
 
 
 def decode(path: Path) -> Tensor:
-    """(3, h, w) uint8."""
+    """(3, h, w) uint8, of an animation its first picture."""
     try:
-        return torchvision.io.decode_image(str(path), mode=torchvision.io.ImageReadMode.RGB)
+        image = torchvision.io.decode_image(str(path), mode=torchvision.io.ImageReadMode.RGB)
+        return TF.to_dtype(image if image.dim() == 3 else image[0], torch.uint8, scale=True)
     except RuntimeError as error:
         raise UnreadableImage(f"{path} is no image that can be read: {str(error).splitlines()[0]}") from None
 
@@ -274,7 +279,8 @@ def draw_shapes(seed: int, indices: range, size: int = 32) -> tuple[Tensor, Tens
 
 def index_folder(folder: Path) -> tuple[list[Path], Tensor | None, list[str]]:
     """Image paths below `folder` in sorted order, with labels if all of them lie in sub-folders, the classes."""
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    found = (Path(where) / name for where, _, names in os.walk(folder, followlinks=True) for name in names)
+    paths = sorted(path for path in found if path.suffix.lower() in SUFFIXES)
     if not paths:
         fail(f"{folder} holds no images ({', '.join(sorted(SUFFIXES))})")
     if any(p.parent == folder for p in paths):
@@ -284,26 +290,24 @@ def index_folder(folder: Path) -> tuple[list[Path], Tensor | None, list[str]]:
     return paths, torch.tensor([position[name] for name in names]), list(position)
 
 
-def load_folder(folder: Path, device: torch.device, cache_mb: int) -> Images:
-    """In memory if all images are of the first one's size and fit, else as paths."""
+def load_folder(folder: Path, device: torch.device, cache_mb: int, skip: bool = False) -> Images:
+    """In memory if all images are of the first one's size and fit, else as paths. `skip`: go on without unreadable ones."""
     paths, labels, classes = index_folder(folder)
-    try:
-        first = decode(paths[0])
-        if first.numel() * len(paths) > cache_mb * 2**20:
-            return Images(None, paths, labels, classes)
-        pixels = torch.empty(len(paths), *first.shape, dtype=torch.uint8)
-        for i, path in enumerate(paths):
-            image = decode(path)
-            if image.shape != first.shape:
-                return Images(None, paths, labels, classes)
-            pixels[i] = image
-    except UnreadableImage as error:
-        fail(str(error))
-    return Images(pixels.to(device), paths, labels, classes)
+    images = Images(None, paths, labels, classes, multiprocessing.Value("q", 0) if skip else None)
+    pixels = []
+    for path in paths:
+        try:
+            pixels.append(decode(path))
+        except UnreadableImage as error:
+            return images if skip else fail(str(error))
+        if pixels[-1].shape != pixels[0].shape or pixels[0].numel() * len(paths) > cache_mb * 2**20:
+            return images
+    images.pixels = torch.stack(pixels).to(device)
+    return images
 
 
 def load_data(
-    dataset: str, data: str | None, seed: int, device: torch.device, cache_mb: int = 1024
+    dataset: str, data: str | None, seed: int, device: torch.device, cache_mb: int = 1024, skip: bool = False
 ) -> tuple[Images, Images | None]:
     """Training and validation images. `data` has train/ and perhaps val/, or is any tree of images, or torchvision's CIFAR."""
     if dataset == "shapes":
@@ -319,8 +323,12 @@ def load_data(
     if not root.is_dir():
         fail(f"--data {root}: no such folder")
     if not (root / "train").is_dir():
-        return load_cifar(dataset, root, device) if dataset != "folder" else (load_folder(root, device, cache_mb), None)
-    train = load_folder(root / "train", device, cache_mb)
+        return (
+            load_cifar(dataset, root, device)
+            if dataset != "folder"
+            else (load_folder(root, device, cache_mb, skip), None)
+        )
+    train = load_folder(root / "train", device, cache_mb, skip)
     val = load_folder(root / "val", device, cache_mb) if (root / "val").is_dir() else None
     if val and train.classes and val.classes != train.classes:
         odd = sorted(set(val.classes) ^ set(train.classes))
@@ -414,8 +422,8 @@ def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
 
 
 def blur_matrix(sigma: Tensor, size: int) -> Tensor:
-    """(n, size, size): a Gaussian of `sigma` pixels, cut off at a tenth of the image, with reflected edges."""
-    reach = max(1, size // 20)
+    """(n, size, size): a Gaussian of `sigma` (n,) pixels, at most 2, cut off at 6 pixels, with reflected edges."""
+    reach = min(6, size - 1)
     offset = torch.arange(-reach, reach + 1, device=sigma.device)
     kernel = (-0.5 * (offset / sigma[:, None]) ** 2).exp()  # (n, 2 reach + 1)
     kernel = kernel / kernel.sum(1, keepdim=True)
@@ -457,17 +465,28 @@ def normalize(x: Tensor, dataset: str) -> Tensor:
 
 
 def of_view(values: tuple, view: int):
-    return values[view % len(values)] if len(values) > 1 else values[0]
+    """A recipe's number for this view: its own, or the one for all."""
+    return values[view % len(values)]
 
 
 class Decoded(torch.utils.data.Dataset):
     """Workers' half: decode image i, then make uint8 views of it."""
 
-    def __init__(self, paths: list[Path], views):
-        self.paths, self.views = paths, views
+    def __init__(self, images: Images, views):
+        self.images, self.views = images, views
 
     def __getitem__(self, key):  # key: an index, or (epoch, index)
-        return self.views(decode(self.paths[key if isinstance(key, int) else key[1]]), key)
+        paths, skipped = self.images.paths, self.images.skipped
+        index = key if isinstance(key, int) else key[1]
+        for offset in range(len(paths) if skipped else 1):  # the next readable image stands in
+            try:
+                return self.views(decode(paths[(index + offset) % len(paths)]), key)
+            except UnreadableImage:
+                if skipped is None:
+                    raise
+                with skipped.get_lock():
+                    skipped.value += 1
+        raise UnreadableImage("none of the images can be read")
 
 
 @dataclass
@@ -511,7 +530,7 @@ def training_views(images: Images, recipe: Recipe, seed: int, step: int, workers
             keys = [[(epoch, i) for i in row] for row in order.tolist()]
             batches = (
                 [v.to(device, non_blocking=True).float() / 255 for v in views]
-                for views in read(Decoded(images.paths, RandomCrops(recipe, seed)), workers, device, batch_sampler=keys)
+                for views in read(Decoded(images, RandomCrops(recipe, seed)), workers, device, batch_sampler=keys)
             )
         else:
             batches = (memory_crops(images.pixels, b, recipe, seed, s, share) for s, b in enumerate(order, start=step))
@@ -524,12 +543,16 @@ def training_views(images: Images, recipe: Recipe, seed: int, step: int, workers
             step += 1
 
 
+def ignore_signals(worker: int):
+    """torchrun and Slurm send SIGTERM to workers too; the run needs them until it has saved."""
+    for name in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(name, signal.SIG_IGN)
+
+
 def read(dataset: Decoded, workers: int, device: torch.device, **batches):
     """Batches that workers decode; an unreadable image ends the run with its name."""
-    pinned, ahead = device.type == "cuda", 4 if workers else None
-    loader = torch.utils.data.DataLoader(
-        dataset, num_workers=workers, pin_memory=pinned, prefetch_factor=ahead, **batches
-    )
+    options = {"pin_memory": device.type == "cuda", "prefetch_factor": 4 if workers else None, "num_workers": workers}
+    loader = torch.utils.data.DataLoader(dataset, worker_init_fn=ignore_signals, **options, **batches)
     try:
         yield from loader
     except UnreadableImage as error:  # a worker's traceback ends with the message
@@ -610,14 +633,16 @@ class SpectralLoss(nn.Module):
 
 def build_criterion(recipe: Recipe) -> nn.Module:
     name, _, exponent = recipe.loss.partition(":")
-    if name in ("intl", "iternorm"):
-        return INTLLoss(iterations=recipe.iterations, axis=recipe.axis, beta=0.0 if name == "iternorm" else recipe.beta)
-    if name == "cwrgp":
+    if recipe.loss in ("intl", "iternorm"):
+        beta = 0.0 if recipe.loss == "iternorm" else recipe.beta
+        return INTLLoss(iterations=recipe.iterations, axis=recipe.axis, beta=beta)
+    if recipe.loss == "cwrgp":
         return CWRGPLoss(groups=recipe.groups, sub_batch=recipe.sub_batch)
     try:
-        return SpectralLoss({"whiten": 0.5, "none": 0.0}.get(name) if not exponent else float(exponent), recipe.axis)
-    except (TypeError, ValueError):
-        fail(f"--loss {recipe.loss}: choose intl, iternorm, whiten, power:P (P a number), cwrgp or none")
+        p = {"whiten": 0.5, "none": 0.0}[recipe.loss] if name != "power" else float(exponent)
+    except (KeyError, ValueError):
+        fail(f"--loss {recipe.loss}: choose intl, iternorm, whiten, power:P with a number P, cwrgp or none")
+    return SpectralLoss(p, recipe.axis)
 
 
 def build_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
@@ -636,6 +661,13 @@ def learning_rate(step: int, steps: int, recipe: Recipe) -> float:
     return peak * (recipe.final_lr + (1 - recipe.final_lr) * cosine)
 
 
+def orthogonality_weight(recipe: Recipe) -> float:
+    """The published ones: 1e-3 for SRIP, 1e-6 for SO, 1e-5 for SO and small ViTs."""
+    if recipe.orthogonality_weight is not None:
+        return recipe.orthogonality_weight
+    return 1e-3 if recipe.orthogonality == "srip" else 1e-5 if recipe.arch in ("vit_tiny", "vit_small") else 1e-6
+
+
 def teacher_momentum(step: int, steps: int, recipe: Recipe) -> float:
     """From ema at step 0 to 1 at the end, by a cosine."""
     return 1 - (1 - recipe.ema) * (1 + math.cos(math.pi * step / (recipe.epochs * steps))) / 2
@@ -651,12 +683,12 @@ def encode(
 ) -> Tensor:
     """Features (n, width) in float32 on the CPU of the `chosen` images (n,), computed by all processes in eval mode."""
     rank, world = rank_and_world()
-    mine, was_training = chosen[rank::world].tolist(), backbone.training
+    mine, was_training = chosen[rank::world], backbone.training
     backbone.eval()
     if images.pixels is None:
-        batches = read(Decoded(images.paths, CentreCrop(size)), workers, device, batch_size=128, sampler=mine)
+        batches = read(Decoded(images, CentreCrop(size)), workers, device, batch_size=128, sampler=mine.tolist())
     else:
-        batches = (images.pixels[i] for i in torch.tensor(mine, device=images.pixels.device).split(128))
+        batches = (images.pixels[i] for i in mine.to(images.pixels.device).split(128))
         if images.pixels.shape[2:] != (size, size):
             batches = map(CentreCrop(size), batches)
     features = []
@@ -699,10 +731,10 @@ def save_atomically(data, path: Path):
     os.replace(temporary, path)
 
 
-def load_checkpoint(path: Path, device="cpu") -> dict:
+def load_checkpoint(path: Path) -> dict:
     """A file of tensors and primitives; anything else is refused, and nothing in it is executed."""
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         fail(
             f"{path} holds more than tensors and numbers, or is damaged; it is not unpickled, since that could run code"
@@ -721,7 +753,7 @@ class Log:
         lines = self.path.read_text().splitlines() if step and self.path.exists() else []
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
         self.path.write_text("".join(line + "\n" for line in kept))  # what came after the checkpoint comes again
-        self.board = SummaryWriter(folder, purge_step=step)
+        self.board = SummaryWriter(folder, purge_step=step + 1 if step else 0)
 
     def write(self, text: str, **values):
         say(text)
@@ -732,10 +764,12 @@ class Log:
                 self.board.add_scalar(name, value, values["step"])
 
 
-def alarm(ranks: list[float], score: float | None, attainable: float) -> str | None:
-    """Collapse, announced: the embedding's effective rank of the last epochs, the last score, and the score's least value."""
-    if score is not None and score < 2 * attainable:
-        return f"the spectral score {score:.3f} is near its least value {attainable:.3f}: one direction holds all the variance"
+def alarm(ranks: list[float], score: float, least: float) -> str | None:
+    """Collapse, announced: the embedding's effective rank after the last epochs, the score, and that of a collapse."""
+    if score < least + 0.05 * (1 - least):
+        return (
+            f"the spectral score {score:.3f} is near its least value {least:.3f}: one direction holds all the variance"
+        )
     last = ranks[-4:]
     if len(last) == 4 and all(a > b for a, b in zip(last, last[1:])) and last[-1] < 0.7 * last[0]:
         return f"the embedding's effective rank falls steadily: {', '.join(f'{r:.1f}' for r in last)}"
@@ -744,6 +778,15 @@ def alarm(ranks: list[float], score: float | None, attainable: float) -> str | N
 
 # ------------------------------------------------------------------------------------------------------------------
 # Command line
+
+
+def optional(kind: type):
+    """For a flag that may be `none`."""
+
+    def convert(text: str):
+        return None if text == "none" else kind(text)
+
+    return convert
 
 
 def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Recipe]:
@@ -762,6 +805,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Recipe]:
         help="processes that decode images, for each process",
     )
     add("--cache-mb", type=int, default=1024, help="keep images of one size in memory up to this many MiB")
+    add("--skip-unreadable", action="store_true", help="count unreadable training images and go on without them")
     add("--log-every", type=int, default=10, help="steps between two lines")
     add("--save-every", type=int, default=1, help="epochs between two checkpoints")
     add("--knn-images", type=int, default=20_000, help="training images that vote in each epoch's k-NN; 0: no k-NN")
@@ -774,7 +818,8 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Recipe]:
         if f.type is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
-            options["type"] = next(t for t in (int, float, str) if t.__name__ in str(f.type))
+            kind = next(t for t in (int, float, str) if t.__name__ in str(f.type))
+            options["type"] = optional(kind) if "None" in str(f.type) else kind
             options |= {"nargs": "+"} if "tuple" in str(f.type) else {}
         group.add_argument("--" + f.name.replace("_", "-"), **options)
     args = parser.parse_args(argv)
@@ -817,6 +862,18 @@ def check(recipe: Recipe, args: argparse.Namespace):
         fail(f"--iterations must be between 1 and 40, got {recipe.iterations}")
     if recipe.ema is not None and (recipe.loss == "cwrgp" or not 0 <= recipe.ema <= 1):
         fail("--ema is a momentum between 0 and 1, and --loss cwrgp, which compares all pairs of views, has no teacher")
+    together = recipe.sub_batch or recipe.batch_size
+    if recipe.loss == "cwrgp" and (
+        recipe.groups < 1
+        or together < 2
+        or recipe.batch_size % together
+        or recipe.out % recipe.groups
+        or recipe.out // recipe.groups <= together
+    ):
+        fail(
+            "--loss cwrgp needs a --sub-batch that divides --batch-size, and --groups that divide --out into parts larger than "
+            f"it, got sub-batch {together} of {recipe.batch_size}, {recipe.groups} groups of {recipe.out} channels"
+        )
     if recipe.arch.startswith("vit") and len(set(recipe.view_sizes)) > 1:
         fail("--arch vit_* takes views of one size: its position embedding has one length")
 
@@ -824,7 +881,10 @@ def check(recipe: Recipe, args: argparse.Namespace):
 def resume_point(folder: Path, config: dict, fresh: bool) -> dict | None:
     """The checkpoint to go on from, or None for a new run. A folder with something else in it is left alone."""
     if fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":  # torchrun's own restarts resume
+        if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
+            fail(f"--fresh: {folder} holds no run of this script and is left alone: choose another --output")
         if folder.exists() and rank_and_world()[0] == 0:
+            folder = folder.resolve()
             numbered = (folder.with_name(f"{folder.name}.{i}") for i in itertools.count(1))
             aside = next(path for path in numbered if not path.exists())
             folder.rename(aside)
@@ -858,17 +918,15 @@ def resume_point(folder: Path, config: dict, fresh: bool) -> dict | None:
 
 
 def step_loss(model, teacher, criterion, views: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The loss of one batch and the embedding (b, out) of its last view. `teacher`, if any, embeds view 0 alone."""
-    half = torch.autocast(views[0].device.type, dtype, enabled=dtype != torch.float32)
-    if teacher is None:
-        with half:
+    """The loss of one batch and the embedding (b, out) of its last view. A teacher, if any, embeds view 0, alone."""
+    with torch.autocast(views[0].device.type, dtype, enabled=dtype != torch.float32):
+        if teacher is None:
             z = model(views)
-        return criterion([v if v.dtype == torch.float64 else v.float() for v in z]), z[-1].detach()
-    with half:
-        with torch.no_grad():
-            anchor = teacher(views[:1])[0]
-        z = model(views[1:])
-    return criterion([v if v.dtype == torch.float64 else v.float() for v in z], anchor.to(z[0].dtype)), z[-1].detach()
+        else:
+            with torch.no_grad():
+                anchor = teacher(views[:1])[0]
+            z = model(views[1:])
+    return criterion(z) if teacher is None else criterion(z, anchor), z[-1].detach()
 
 
 def move_teacher(teacher: nn.Module, student: nn.Module, momentum: float):
@@ -893,7 +951,7 @@ def main(argv: list[str] | None = None):
     folder = Path(args.output or f"runs/{args.recipe}")
     device = choose_device(args.device)
     dtype, reason = choose_precision(args.precision, device)
-    train, val = load_data(recipe.dataset, args.data, args.seed, device, args.cache_mb)
+    train, val = load_data(recipe.dataset, args.data, args.seed, device, args.cache_mb, args.skip_unreadable)
     if len(train) < recipe.batch_size:
         fail(f"{len(train)} training images are fewer than one batch of {recipe.batch_size}: lower --batch-size")
     steps = len(train) // recipe.batch_size  # of one epoch; images left over wait for the next epoch's order
@@ -918,12 +976,13 @@ def main(argv: list[str] | None = None):
         step, history = saved["step"], saved["history"]
         network.load_state_dict(saved["network"])
         optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
+        if saved["scaler"]:
+            scaler.load_state_dict(saved["scaler"])
         if teacher:
             teacher.load_state_dict(saved["teacher"])
     if args.compile:
         backbone.compile()
-    ids = [device.index or torch.cuda.current_device()] if device.type == "cuda" else None
+    ids = [torch.cuda.current_device()] if device.type == "cuda" else None
     model = nn.parallel.DistributedDataParallel(network, device_ids=ids) if world > 1 else network
 
     log = None
@@ -937,26 +996,29 @@ def main(argv: list[str] | None = None):
     parameters = sum(p.numel() for p in network.parameters()) / 1e6
     where = "in memory" if train.pixels is not None else f"read by {args.workers} workers"
     say(f"{args.recipe}: {len(train)} images {where}; {recipe.epochs} epochs of {steps} steps; output {folder}")
-    say(
-        f"{recipe.arch}, projector {recipe.hidden}-{recipe.hidden}-{recipe.out}, {parameters:.1f} M parameters; loss {recipe.loss}"
-    )
+    say(f"{recipe.arch}, projector {recipe.hidden}-{recipe.hidden}-{recipe.out}, {parameters:.1f} M parameters")
     rate = recipe.base_lr * recipe.batch_size / 256
-    say(f"loss {recipe.loss}; global batch {recipe.batch_size} on {world} process(es)")
-    say(f"learning rate {recipe.base_lr} x {recipe.batch_size}/256 = {rate:g}")
+    say(f"loss {recipe.loss}; global batch {recipe.batch_size} on {world} process(es); "
+        f"learning rate {recipe.base_lr} x {recipe.batch_size}/256 = {rate:g}")  # fmt: skip
     say(f"{device}, {str(dtype).removeprefix('torch.')}: {reason}")
 
-    # Each epoch: features of the validation images and of at most --knn-images training images.
+    # Each epoch: features of at most 10,000 validation images, and of at most --knn-images training images.
     voters = torch.randperm(len(train), generator=rng(args.seed, "voters"))[: args.knn_images]
+    probe = val or train
+    queried = torch.randperm(len(probe), generator=rng(args.seed, "queries"))[: 10_000 if val else 2000]
     size = recipe.view_sizes[0]
+
+    advice = f"The last checkpoint in {folder} is kept. A lower --base-lr or --precision float32 may help"
 
     def evaluate(embedding: Tensor | None) -> float | None:
         started = time.time()
         numbers = {"step": step, "epoch": step / steps}
-        queried = torch.arange(len(val))[:10_000] if val else torch.arange(len(train))[:2000]
-        queries = encode(backbone, val or train, recipe.dataset, size, queried, device, dtype, args.workers)
+        if world > 1:  # without SyncBatchNorm every process has statistics of its own; the first one's are saved
+            for buffer in backbone.buffers():
+                dist.broadcast(buffer, 0)
+        queries = encode(backbone, probe, recipe.dataset, size, queried, device, dtype, args.workers)
         if not queries.isfinite().all():
-            fail(f"the backbone's features are not finite at step {step}. The last checkpoint in {folder} is kept. "
-                 "A lower --base-lr or --precision float32 may help")  # fmt: skip
+            fail(f"the backbone's features are not finite at step {step}. {advice}")
         numbers["feature_rank"] = effective_rank(queries).item()
         text = f"effective rank: features {numbers['feature_rank']:.1f} of {min(queries.shape)}"
         if val and len(voters) and train.classes:
@@ -996,12 +1058,18 @@ def main(argv: list[str] | None = None):
     told_to_stop = []
     for name in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(name, lambda number, frame: told_to_stop.append(number))
+    if dist.is_initialized():
+        steps_of_all = [None] * world
+        dist.all_gather_object(steps_of_all, step)
+        if len(set(steps_of_all)) > 1:
+            fail(f"the processes found different checkpoints (steps {steps_of_all}): --output must be a shared folder")
     if saved:
         say(f"resuming at step {step} of {total}")
     else:
         history["random_knn"] = history["trained_knn"] = evaluate(None)
     views = training_views(train, recipe, args.seed, step, args.workers, device)
     started, training, waited, first = time.time(), 0.0, 0.0, step
+    pause = started  # when training last went on after an evaluation
     model.train()
     while step < last:
         begin = time.time()
@@ -1011,23 +1079,27 @@ def main(argv: list[str] | None = None):
             group["lr"] = learning_rate(step, steps, recipe)
         if teacher:
             move_teacher(teacher, network, teacher_momentum(step, steps, recipe))
-        loss, embedding = step_loss(model, teacher, criterion, batch, dtype)
+        torch.manual_seed(rng(args.seed, "loss", step).initial_seed())  # CW-RGP draws permutations
+        try:
+            loss, embedding = step_loss(model, teacher, criterion, batch, dtype)
+        except torch.linalg.LinAlgError:
+            fail(f"the embedding is not finite at step {step}. {advice}")
         if recipe.orthogonality:
-            weight = recipe.orthogonality_weight or {"so": 1e-6, "srip": 1e-3}[recipe.orthogonality]
-            loss = loss + weight * orthogonality_penalty(backbone, recipe.orthogonality)
+            loss = loss + orthogonality_weight(recipe) * orthogonality_penalty(backbone, recipe.orthogonality)
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
         step += 1
-        training += time.time() - begin
 
         epoch_ends, logs = step % steps == 0 or step == last, step % args.log_every == 0
-        if logs or epoch_ends:
+        stop = (world == 1 or logs or epoch_ends) and any_process(bool(told_to_stop), device)
+        if logs or epoch_ends or stop:
             numbers = {k: float(v) for k, v in {"loss": loss.detach(), **criterion.parts}.items()}
             if not math.isfinite(numbers["loss"]):
-                fail(f"the loss is not finite at step {step}: {numbers}. The last checkpoint in {folder} is kept. "
-                     "A lower --base-lr or --precision float32 may help")  # fmt: skip
+                fail(f"the loss is not finite at step {step}: {numbers}. {advice}")
+            training += time.time() - pause  # measured where the line above has waited for the device
+            pause = time.time()
             numbers |= {"step": step, "epoch": step / steps, "lr": optimizer.param_groups[0]["lr"]}
             numbers["images_per_second"] = (step - first) * recipe.batch_size / training
             numbers["waiting"] = waited / training
@@ -1036,31 +1108,28 @@ def main(argv: list[str] | None = None):
                 log.write(progress_line(numbers, recipe, total, remaining), **numbers)
         if epoch_ends:
             history["trained_knn"] = evaluate(embedding)
-            score = numbers.get("score")
-            warning = alarm(history["ranks"], score, 1 / attainable_variance(recipe))
+            if train.skipped and train.skipped.value:
+                say(f"unreadable images were met {train.skipped.value} times so far by this process's workers")
+            warning = alarm(history["ranks"], numbers.get("score", 1), numbers.get("least", 0))
             if warning:
                 say(f"ALARM: {warning}")
-        stop = (world == 1 or logs or epoch_ends) and any_process(bool(told_to_stop), device)
+            pause = time.time()
         if stop or (epoch_ends and (math.ceil(step / steps) % args.save_every == 0 or step == last)):
             save()
         if stop:
             say(f"told to stop: saved at step {step} of {total}; the same command goes on from there")
             break
+    views.close()
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
     if step >= last:
         if history["trained_knn"] is not None:
-            say(f"5-NN top-1 on {min(len(val), 10_000)} held-out images: random network {history['random_knn']:.1f} %, "
+            say(f"5-NN top-1 on {len(queried)} held-out images: random network {history['random_knn']:.1f} %, "
                 f"after {step / steps:g} epochs {history['trained_knn']:.1f} %")  # fmt: skip
         data = f" --data {args.data}" if args.data else ""
-        say(f"next: python linear_eval.py --checkpoint {folder / 'checkpoint.pt'}{data}")
-
-
-def attainable_variance(recipe: Recipe) -> float:
-    """Sum of the variances that IterNorm can reach, for which a collapse to one direction reaches 1."""
-    rank = min(recipe.batch_size, recipe.out) - (recipe.axis == "batch" or recipe.batch_size >= recipe.out)
-    return rank * newton_map(1 / rank, recipe.iterations)
+        if train.classes and val:
+            say(f"next: python linear_eval.py --checkpoint {folder / 'checkpoint.pt'}{data}")
 
 
 def progress_line(numbers: dict, recipe: Recipe, total: int, remaining: float) -> str:
