@@ -629,6 +629,8 @@ if __name__ == "__main__":
     assert everything[:, 0].tolist() == [r // 2 for r in range(2 * world)]
     assert rows.grad[:, 0].tolist() == [2 * rank, 2 * rank + 1]
     torch.save(gradients(rank, world, torch.nn.parallel.DistributedDataParallel), f"{sys.argv[1]}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
 """
 
 
@@ -1085,6 +1087,29 @@ def test_two_nodes_on_one_machine(photos, tmp_path):
     printed = [agent.communicate(timeout=200)[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], printed
     assert any("on 4 process(es)" in p and "step 4/" in p for p in printed)
+
+
+def test_sigterm_to_torchrun_saves_before_the_processes_leave(photos, tmp_path):
+    """With workers, which torchrun sends the signal as well."""
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        HERE / "train.py",
+    ]
+    command += [*TINY, "--data", photos / "mixed", "--output", tmp_path / "run", "--epochs", "300"]
+    process = subprocess.Popen(
+        [*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT
+    )
+    for line in process.stdout:
+        if "step 5/" in line:
+            process.send_signal(signal.SIGTERM)
+            break
+    assert "told to stop: saved at step" in process.communicate(timeout=60)[0]
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] >= 5
 
 
 def test_unreadable_images_can_be_skipped(photos, tmp_path, capsys):

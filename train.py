@@ -543,16 +543,16 @@ def training_views(images: Images, recipe: Recipe, seed: int, step: int, workers
             step += 1
 
 
-def ignore_signals(worker: int):
-    """torchrun and Slurm send SIGTERM to workers too; the run needs them until it has saved."""
+def outlive_signals(worker: int):
+    """torchrun and Slurm send SIGTERM to workers too, but the run needs them until it has saved: they leave 20 s later."""
     for name in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(name, signal.SIG_IGN)
+        signal.signal(name, lambda number, frame: signal.alarm(20))
 
 
 def read(dataset: Decoded, workers: int, device: torch.device, **batches):
     """Batches that workers decode; an unreadable image ends the run with its name."""
     options = {"pin_memory": device.type == "cuda", "prefetch_factor": 4 if workers else None, "num_workers": workers}
-    loader = torch.utils.data.DataLoader(dataset, worker_init_fn=ignore_signals, **options, **batches)
+    loader = torch.utils.data.DataLoader(dataset, worker_init_fn=outlive_signals, **options, **batches)
     try:
         yield from loader
     except UnreadableImage as error:  # a worker's traceback ends with the message
