@@ -18,6 +18,7 @@ Where the official code and the paper differ, and what this file does:
 """
 
 import argparse
+import importlib.util
 import itertools
 import math
 import os
@@ -30,7 +31,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # --- 1. Notation, centring, and the smaller Gram matrix -------------------------------------------------------------
-#
 # An embedding z is (m, d): m samples in rows, d channels in columns. V views of a batch are (V, m, d). zc is z, centred.
 #   axis "batch":   centre every channel over the m samples;  S = zc^T zc / (m - 1), d x d: covariance of the channels.
 #   axis "channel": centre every sample over its d channels;  S = zc zc^T / (d - 1), m x m: covariance of the samples.
@@ -86,7 +86,6 @@ def _apply(f: Tensor, zc: Tensor) -> Tensor:
 
 
 # --- 2. Spectral transformations: z_hat = zc U diag(g(l)) U^T, where S = U diag(l) U^T ------------------------------
-#
 # cov(z_hat) = U diag(l g(l)^2) U^T: a function g of the eigenvalues reshapes the spectrum and keeps the eigenvectors. (So
 # written for the batch axis; on the channel axis the same factors stand on the left, U diag(g(l)) U^T zc.)
 # Whitening is the instance g(l) = l^(-1/2). The paper's first finding: l^(-p) keeps an embedding from collapsing for p
@@ -152,7 +151,6 @@ def whiten(z: Tensor, *, axis: str = "channel") -> Tensor:
 
 
 # --- 3. IterNorm: a spectral transformation from a few matrix products ----------------------------------------------
-#
 # Newton's iteration for N^(-1/2), on the trace-normalised covariance N = S / tr(S), whose eigenvalues x sum to one:
 #
 #     P_0 = I,   P_{k+1} = (3 P_k - P_k^3 N) / 2,   z_hat = zc P_T / sqrt(tr S).
@@ -201,7 +199,6 @@ def iter_norm(z: Tensor, *, iterations: int = 4, axis: str = "channel") -> Tenso
 
 
 # --- 4. Trace loss: what IterNorm lacks -----------------------------------------------------------------------------
-#
 # With h_T < 1 an alignment loss may let the spectrum decay: IterNorm alone does not prevent collapse. The trace loss
 #
 #     L_trace(z_hat) = sum_j (1 - cov(z_hat)_jj)^2
@@ -225,7 +222,6 @@ def trace_floor(n: int, iterations: int, rank: int | None = None) -> float:
 
 
 # --- 5. Many processes: statistics of the global batch, and a backward pass without communication -------------------
-#
 # Every rank gathers all rows and computes the full loss; so it already holds the exact gradient of that loss with
 # respect to its own rows. Only they keep their graph, the others arrive detached. DistributedDataParallel then AVERAGES
 # over ranks what should be summed; the losses therefore multiply their gradient by the world size. (A forgotten factor
@@ -263,7 +259,6 @@ def _all_views(views: Sequence[Tensor] | Tensor, axis: str, iterations: int = 1)
 
 
 # --- 6. The INTL loss -----------------------------------------------------------------------------------------------
-#
 # For V views against view 0; and, with a teacher, for its view 0 without gradient (sg) and V - 1 views of the student:
 #
 #     L = 1/(V-1) sum_{i>0} [ 2 - 2 mean_rows cos(z_hat_i, z_hat_0)    + beta (L_trace(z_hat_i) + L_trace(z_hat_0)) ]
@@ -450,24 +445,16 @@ def demonstrate(steps: int = 400, plot: str | None = None) -> dict[str, tuple[fl
     losses |= {"power 0.5, whitening": aligned(0.5), "power 0.6": aligned(0.6)}
     losses |= {"IterNorm alone, T = 4": INTLLoss(axis="batch", beta=0.0)}
     losses |= {f"INTL, T = {T}": INTLLoss(axis="batch", iterations=T) for T in (2, 4, 7)}
-    spectra, results = {}, {}
+    spectra, results, mixing = {}, {}, torch.randn(16, 64, generator=torch.Generator().manual_seed(0)) / 4
+
+    def views(samples: int) -> Tensor:  # (2, samples, 64)
+        return torch.randn(samples, 16) @ mixing + 0.3 * torch.randn(2, samples, 64)
+
     print(f"{'transform':24}{'effective rank of 64':>22}{'condition number':>18}  verdict")
     for name, loss in losses.items():
         torch.manual_seed(0)
-        mixing = torch.randn(16, 64) / 4
-
-        def views(samples: int, mixing=mixing) -> Tensor:  # (2, samples, 64)
-            return torch.randn(samples, 16) @ mixing + 0.3 * torch.randn(2, samples, 64)
-
-        hidden = [
-            nn.Linear(64, 128),
-            nn.BatchNorm1d(128),
-            nn.ReLU(),
-            nn.Linear(128, 128),
-            nn.BatchNorm1d(128),
-            nn.ReLU(),
-        ]
-        network = nn.Sequential(*hidden, nn.Linear(128, 64))
+        hidden = [[nn.Linear(n, 128), nn.BatchNorm1d(128), nn.ReLU()] for n in (64, 128)]
+        network = nn.Sequential(*hidden[0], *hidden[1], nn.Linear(128, 64))
         optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
         for _ in range(steps):
             optimizer.zero_grad()
@@ -481,14 +468,12 @@ def demonstrate(steps: int = 400, plot: str | None = None) -> dict[str, tuple[fl
     if plot:
         import matplotlib.pyplot as plt
 
-        figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+        _, axes = plt.subplots(figsize=(8, 5), layout="constrained")
         for name, l in spectra.items():
             axes.semilogy(range(1, len(l) + 1), l / l[0], label=name)
-        axes.set(
-            xlabel="eigenvalue", ylabel="relative to the largest", title="Spectrum of the embedding after training"
-        )
+        axes.set(xlabel="eigenvalue", ylabel="relative to the largest", title="Spectrum of the trained embedding")
         axes.legend()
-        figure.savefig(plot, dpi=120)
+        plt.savefig(plot, dpi=120)
     return results
 
 
@@ -526,8 +511,7 @@ def benchmark(sizes=((256, 2048), (256, 8192), (1024, 512)), rounds: int = 7) ->
     inputs in units of one view. The products are those, of 2 m d min(m, d) operations, of the straightforward
     computation: a Gram matrix and a transformed embedding for either view, and twice that backward."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{machine}, torch {torch.__version__}, median of {rounds} rounds")
+    print(f"{device}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}, median of {rounds} rounds")
     losses = {"INTL, channel axis": INTLLoss(), "INTL, batch axis": INTLLoss(axis="batch")}
     losses["exact whitening"] = lambda views: F.cosine_similarity(*whiten(torch.stack(views)), dim=-1).mean()
     losses |= {"Barlow Twins": _barlow_twins, "VICReg": _vicreg}
@@ -557,4 +541,6 @@ if __name__ == "__main__":
     parser.add_argument("--plot", metavar="FILE", help="draw the spectra of the demonstration (needs matplotlib)")
     parser.add_argument("--benchmark", action="store_true", help="time the losses instead")
     arguments = parser.parse_args()
+    if arguments.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib: pip install matplotlib")
     benchmark() if arguments.benchmark else demonstrate(plot=arguments.plot)

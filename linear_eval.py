@@ -34,23 +34,27 @@ from train import (
 )
 
 
-def load_backbone(path: Path, device: torch.device) -> tuple[nn.Module, int, dict]:
-    """The backbone of a checkpoint.pt of train.py, the width of its features, and the configuration of its run."""
+def load_backbone(path: Path, device: torch.device, random: bool = False) -> tuple[nn.Module, dict]:
+    """The frozen backbone of a checkpoint.pt of train.py, or the same network with random weights, and its run's
+    configuration."""
     if not path.is_file():
         fail(f"--checkpoint {path}: no such file")
     saved = load_checkpoint(path)
     if not isinstance(saved, dict) or not {"config", "network"} <= saved.keys():
         fail(f"{path} is no checkpoint.pt of train.py")
     config = saved["config"]
-    backbone, width = build_backbone(config["arch"], config["stem"], config["view_sizes"][0])
-    state = {k.removeprefix("backbone."): v for k, v in saved["network"].items() if k.startswith("backbone.")}
-    missing, unused = backbone.load_state_dict(state, strict=False)
-    if missing or unused:
-        fail(f"{path} does not fit {config['arch']}: missing {missing[:3]}, unknown {unused[:3]}")
-    say(
-        f"{path}: {config['arch']}, {len(state)} tensors used, {len(saved['network']) - len(state)} of the projector dropped"
-    )
-    return backbone.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), width, config
+    backbone, _ = build_backbone(config["arch"], config["stem"], config["view_sizes"][0], config["zero_init_residual"])
+    if random:
+        say(f"{config['arch']} with random weights, as {path} describes it")
+    else:
+        state = {k.removeprefix("backbone."): v for k, v in saved["network"].items() if k.startswith("backbone.")}
+        try:
+            backbone.load_state_dict(state)
+        except RuntimeError as error:
+            fail(f"{path} does not fit {config['arch']}: {' '.join(str(error).split())[:300]}")
+        dropped = len(saved["network"]) - len(state)
+        say(f"{path}: {config['arch']}, {len(state)} tensors of the backbone used, {dropped} of the projector dropped")
+    return backbone.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), config
 
 
 def topk_correct(logits: Tensor, labels: Tensor, k: int) -> int:
@@ -100,15 +104,12 @@ def main(argv: list[str] | None = None):
     args = parse(argv)
     if args.epochs < 1:
         fail("--epochs must be at least 1")
+    if args.workers < 0:
+        fail("--workers must be at least 0")
     device = choose_device(args.device)
     path = Path(args.checkpoint)
-    backbone, _, config = load_backbone(path, device)
-    if args.random:
-        torch.manual_seed(args.seed)
-        backbone, _ = build_backbone(
-            config["arch"], config["stem"], config["view_sizes"][0], config["zero_init_residual"]
-        )
-        backbone = backbone.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    torch.manual_seed(args.seed)  # of --random
+    backbone, config = load_backbone(path, device, args.random)
     frozen = {name: value.clone() for name, value in backbone.state_dict().items()}
     train, val = load_data(config["dataset"], args.data, config["seed"], device)
     if val is None or not (train.classes and val.classes):
@@ -125,31 +126,27 @@ def main(argv: list[str] | None = None):
         f"features of {len(x)} training and {len(x_val)} validation images, {x.shape[1]} wide, in {time.time() - started:.0f} s"
     )
 
-    if rank_and_world()[0] == 0:
-        result = {
-            "checkpoint": str(path),
-            "weights": "random" if args.random else "pretrained",
-            "protocol": args.protocol,
-        }
-        result |= {
-            "data": args.data,
-            "recipe": config["recipe"],
-            "training_images": len(x),
-            "validation_images": len(x_val),
-        }
-        result["knn_top1"] = knn_accuracy(x, train.labels, x_val, val.labels, k=5)
-        if args.protocol == "features":
-            tensors = [t.to(device) for t in (x, train.labels, x_val, val.labels)]
-            result["top1"], result["top5"] = linear_on_features(*tensors, len(train.classes), args.seed, args.epochs)
-        result["seconds"] = round(time.time() - started, 1)
-        with open(path.with_name("results.jsonl"), "a") as file:
-            file.write(json.dumps(result) + "\n")
-        say(f"{'5-NN top-1':>14}  {result['knn_top1']:.2f} %")
-        if "top1" in result:
-            say(f"{'linear top-1':>14}  {result['top1']:.2f} %\n{'linear top-5':>14}  {result['top5']:.2f} %")
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+    if rank_and_world()[0] > 0:  # what follows is the first process's work alone
+        return
+
+    result = {"checkpoint": str(path), "weights": "random" if args.random else "pretrained", "protocol": args.protocol}
+    result |= {"data": args.data, "recipe": config["recipe"], "seed": args.seed}
+    result |= {"training_images": len(x), "validation_images": len(x_val)}
+    result["knn_top1"] = knn_accuracy(x, train.labels, x_val, val.labels, k=5)
+    say(f"{'5-NN top-1':>14}  {result['knn_top1']:.2f} %")
+    if args.protocol == "features":
+        tensors = [t.to(device) for t in (x, train.labels, x_val, val.labels)]
+        result["top1"], result["top5"] = linear_on_features(*tensors, len(train.classes), args.seed, args.epochs)
+        say(f"{'linear top-1':>14}  {result['top1']:.2f} %\n{'linear top-5':>14}  {result['top5']:.2f} %")
+    result["seconds"] = round(time.time() - started, 1)
+    try:
+        with open(path.with_name("results.jsonl"), "a") as file:
+            file.write(json.dumps(result) + "\n")
+    except OSError as error:
+        fail(f"the result could not be appended to {path.with_name('results.jsonl')}: {error}")
 
 
 if __name__ == "__main__":

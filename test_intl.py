@@ -1060,8 +1060,28 @@ train.main(sys.argv[1:])
     assert run.returncode != 0 and "exitcode  : 7" in run.stderr
 
 
-def test_two_nodes_on_one_machine(photos, tmp_path):
-    """Two torchrun agents with two processes each, meeting on the loopback device."""
+WITHOUT_BN = f"""
+import sys
+sys.path.insert(0, {str(HERE)!r})
+import torch, train
+class Network(torch.nn.Module):
+    def __init__(self, recipe):
+        super().__init__()
+        self.backbone = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 4, 4), torch.nn.Flatten(), torch.nn.Linear(128, 16))
+        self.projector = torch.nn.Linear(16, recipe.out)
+    def forward(self, views):
+        return [self.projector(self.backbone(v)) for v in views]
+train.Network = Network
+train.main(sys.argv[1:])
+"""
+
+
+def test_two_nodes_equal_one_process(photos, tmp_path):
+    """Two torchrun agents with two processes each, meeting on the loopback device; a network without BatchNorm, which on
+    CPUs normalises every process's share by itself."""
+    script = tmp_path / "without_bn.py"
+    script.write_text(WITHOUT_BN)
+    options = [*TINY, "--data", photos / "mixed", "--precision", "float32", "--max-steps", "5", "--output"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -1077,16 +1097,33 @@ def test_two_nodes_on_one_machine(photos, tmp_path):
         "7",
     ]
     command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}", "--local_addr", "127.0.0.1"]
-    command += [HERE / "train.py", *TINY, "--data", photos / "same", "--output", tmp_path / "run", "--max-steps", "4"]
-    agents = [
-        subprocess.Popen(
-            [*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT
-        )
-        for _ in range(2)
-    ]
+    command = [str(word) for word in [*command, script, *options, tmp_path / "four"]]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": ENVIRONMENT}
+    agents = [subprocess.Popen(command, **pipes) for _ in range(2)]
     printed = [agent.communicate(timeout=200)[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], printed
-    assert any("on 4 process(es)" in p and "step 4/" in p for p in printed)
+    assert any("on 4 process(es)" in p for p in printed)
+    one = run_script(script, *options, tmp_path / "one")
+    assert one.returncode == 0, one.stderr
+    logs = [
+        [json.loads(line) for line in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in ("one", "four")
+    ]
+    losses = [[line["loss"] for line in log if "loss" in line] for log in logs]
+    assert len(losses[0]) == 5 and losses[0] == pytest.approx(losses[1], rel=1e-5)
+    weights = [backbone_of(tmp_path / name) for name in ("one", "four")]
+    torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-6)
+
+
+def test_a_run_resumes_on_another_number_of_processes(photos, tmp_path):
+    script = tmp_path / "without_bn.py"
+    script.write_text(WITHOUT_BN)
+    options = [*TINY, "--data", photos / "same", "--precision", "float32", "--output"]
+    for name, parts in {"whole": [(0, "6")], "parts": [(2, "2"), (0, "4"), (2, "6")]}.items():
+        for processes, until in parts:
+            run = run_script(script, *options, tmp_path / name, "--max-steps", until, processes=processes)
+            assert run.returncode == 0, run.stderr
+    weights = [backbone_of(tmp_path / name) for name in ("whole", "parts")]
+    torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-6)
 
 
 def test_sigterm_to_torchrun_saves_before_the_processes_leave(photos, tmp_path):

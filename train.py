@@ -251,7 +251,7 @@ def shape_level(kind: int, x: Tensor, y: Tensor) -> Tensor:
 
 def draw_shapes(seed: int, indices: range, size: int = 32) -> tuple[Tensor, Tensor]:
     """Images (n, 3, size, size) uint8 and labels (n,) that depend on (seed, index) alone. The class is the shape; colour,
-    contrast, place, size, rotation, background and noise tell nothing of it. [test_shapes_colour_tells_nothing]"""
+    place, size, rotation, background and noise are drawn without regard to it. [test_shapes_colour_tells_nothing]"""
     labels = torch.tensor([i % len(SHAPES) for i in indices])
     draws = [rng(seed, "shape", i) for i in indices]
     u = torch.stack([torch.rand(16, generator=g) for g in draws])[:, :, None, None]  # (n, 16, 1, 1)
