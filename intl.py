@@ -18,6 +18,7 @@ Where the official code and the paper differ, and what this file does:
 """
 
 import argparse
+import functools
 import importlib.util
 import itertools
 import math
@@ -106,7 +107,7 @@ class _MatrixFunction(torch.autograd.Function):
         s, vjp = torch.func.vjp(g, l)  # (..., n)
         if s.shape != l.shape:
             raise ValueError(f"g must map eigenvalues {tuple(l.shape)} to as many scales, got {tuple(s.shape)}")
-        s = torch.where(s.isfinite(), s, 0)  # 0^(-p): such a direction carries nothing and stays zero
+        s = torch.where(s.isfinite() | (l > 0), s, 0)  # 0^(-p): such a direction carries nothing and stays zero
         if ctx.needs_input_grad[0]:
             rows = torch.eye(n, dtype=l.dtype, device=l.device).reshape(n, *[1] * (l.dim() - 1), n).expand(n, *l.shape)
             J = torch.vmap(vjp)(rows)[0].movedim(0, -2)  # (..., n, n): J_ij = dg_i / dl_j
@@ -251,10 +252,12 @@ def undo_ddp_average(loss: Tensor) -> Tensor:
 
 def _all_views(views: Sequence[Tensor] | Tensor, axis: str, iterations: int = 1) -> list[Tensor]:
     """V >= 2 views of one shape (m, d), checked and gathered in one communication: V times (world * m, d)."""
+    views = list(views)
     shapes = [tuple(v.shape) for v in views]
     if len(shapes) < 2 or len(set(shapes)) > 1 or len(shapes[0]) != 2:
         raise ValueError(f"the loss needs two or more views of the same shape (m, d), got {shapes}")
-    views = [_checked(v, axis, iterations) for v in views]
+    dtype = functools.reduce(torch.promote_types, [v.dtype for v in views])
+    views = [_checked(v.to(dtype), axis, iterations) for v in views]
     return views if _world_size() == 1 else list(gather(torch.stack(views)))
 
 
@@ -345,6 +348,8 @@ def group_whiten(z: Tensor, groups: int, permutation: Tensor | None = None) -> T
     order = torch.arange(d, device=z.device) if permutation is None else permutation.to(z.device)
     if order.shape != (d,):
         raise ValueError(f"the permutation must have shape {(d,)}, got {tuple(order.shape)}")
+    if not torch.equal(order.sort().values, torch.arange(d, device=z.device)):
+        raise ValueError(f"the permutation must hold every number from 0 to {d - 1} once")
     with torch.autocast(z.device.type, enabled=False):
         zc, _ = _centre(z.double(), "channel")
         zg = zc[..., order].unflatten(-1, (groups, -1)).transpose(-3, -2)  # (..., groups, m, d / groups)

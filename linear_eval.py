@@ -43,6 +43,9 @@ def load_backbone(path: Path, device: torch.device, random: bool = False) -> tup
     if not isinstance(saved, dict) or not {"config", "network"} <= saved.keys():
         fail(f"{path} is no checkpoint.pt of train.py")
     config = saved["config"]
+    missing = {"arch", "stem", "view_sizes", "zero_init_residual", "dataset", "seed", "recipe"} - set(config or {})
+    if missing:
+        fail(f"{path} lacks {', '.join(sorted(missing))} in its configuration: it is no checkpoint.pt of train.py")
     backbone, _ = build_backbone(config["arch"], config["stem"], config["view_sizes"][0], config["zero_init_residual"])
     if random:
         say(f"{config['arch']} with random weights, as {path} describes it")
@@ -104,8 +107,8 @@ def main(argv: list[str] | None = None):
     args = parse(argv)
     if args.epochs < 1:
         fail("--epochs must be at least 1")
-    if args.workers < 0:
-        fail("--workers must be at least 0")
+    if args.workers < 0 or not 0 <= args.seed < 2**63:
+        fail("--workers and --seed must not be negative, and the seed below 2^63")
     device = choose_device(args.device)
     path = Path(args.checkpoint)
     torch.manual_seed(args.seed)  # of --random
@@ -119,6 +122,8 @@ def main(argv: list[str] | None = None):
         encode(backbone, split, config["dataset"], size, torch.arange(len(split)), device, workers=args.workers)
         for split in (train, val)
     )
+    if not (x.isfinite().all() and x_val.isfinite().all()):
+        fail(f"the features of {path} are not finite: its training has diverged")
     assert all(torch.equal(value, frozen[name]) for name, value in backbone.state_dict().items()), (
         "the frozen backbone changed"
     )

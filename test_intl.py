@@ -9,6 +9,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -38,6 +39,7 @@ from intl import (
     whiten,
 )
 
+pytestmark = pytest.mark.filterwarnings("ignore:The image .*coding capabilities:DeprecationWarning")
 HERE = Path(__file__).parent
 AXES = ("channel", "batch")
 
@@ -470,6 +472,7 @@ def test_compiles_without_a_graph_break(axis):
         (lambda: intl.group_whiten(randn(8, 32), 4), r"larger than m, got \(m, d\) = \(8, 32\) and groups = 4"),
         (lambda: intl.group_whiten(randn(8, 32), 3), "groups must divide d"),
         (lambda: intl.group_whiten(randn(8, 32), 2, torch.arange(30)), r"shape \(32,\), got \(30,\)"),
+        (lambda: intl.group_whiten(randn(8, 32), 2, torch.zeros(32, dtype=torch.int64)), "from 0 to 31 once"),
         (lambda: intl.CWRGPLoss(groups=2, sub_batch=3)(randn(2, 8, 32)), "divide the global batch of 8 rows, got 3"),
         (lambda: intl.orthogonality_penalty(nn.ReLU()), "ReLU has no Conv2d or Linear weight"),
         (lambda: intl.orthogonality_penalty(nn.Linear(2, 2), "frobenius"), "'frobenius'"),
@@ -591,7 +594,7 @@ def test_benchmark_runs(capsys):
 
 def torchrun(processes, *arguments, timeout=300, **kwargs):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command += [str(a) for a in arguments]
+    command += [str(a) for a in arguments]  # torchrun's own options first
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=ENVIRONMENT, **kwargs)
 
 
@@ -1076,6 +1079,30 @@ train.main(sys.argv[1:])
 """
 
 
+def test_restarts_of_torchrun_resume(photos, tmp_path):
+    """--max-restarts: a process dies once, in the second epoch; the others stop, all start again, and the run ends."""
+    script = tmp_path / "dies_once.py"
+    script.write_text(
+        f"""
+import os, sys
+sys.path.insert(0, {str(HERE)!r})
+import train
+step_loss, calls = train.step_loss, []
+def dying(*arguments):
+    calls.append(1)
+    if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and len(calls) == 5:
+        os._exit(7)
+    return step_loss(*arguments)
+train.step_loss = dying
+train.main(sys.argv[1:])
+"""
+    )
+    run = torchrun(
+        2, "--max-restarts", "1", script, *TINY, "--fresh", "--data", photos / "same", "--output", tmp_path / "run"
+    )
+    assert run.returncode == 0 and "resuming at step 3 of 12" in run.stdout and "step 12/12" in run.stdout, run.stderr
+
+
 def test_two_nodes_equal_one_process(photos, tmp_path):
     """Two torchrun agents with two processes each, meeting on the loopback device; a network without BatchNorm, which on
     CPUs normalises every process's share by itself."""
@@ -1190,7 +1217,8 @@ def test_bad_commands_fail_with_one_clear_line(photos, finished, tmp_path, capsy
     odd = tmp_path / "odd"
     for split, name in (("train", "cat"), ("val", "dog")):
         (odd / split / name).mkdir(parents=True)
-        (odd / split / name / "0.png").write_bytes(next((photos / "same").rglob("*.png")).read_bytes())
+        for i in range(2):
+            (odd / split / name / f"{i}.png").write_bytes(next((photos / "same").rglob("*.png")).read_bytes())
 
     class Evil:
         def __reduce__(self):
@@ -1210,6 +1238,10 @@ def test_bad_commands_fail_with_one_clear_line(photos, finished, tmp_path, capsy
         else:
             (runs[name] / "checkpoint.pt").write_bytes(content)
     good = [*TINY, "--data", str(photos / "same"), "--max-steps", "1"]
+    if not (photos / "renamed").exists():
+        (photos / "renamed").mkdir()
+        for path in (photos / "same" / "train").rglob("*.png"):
+            (photos / "renamed" / f"{path.parent.name} {path.name}").write_bytes(path.read_bytes())
     cases = [
         (["--recipe", "nosuch"], "invalid choice: 'nosuch'"),
         (["--data", "x"], "shapes draws its images"),
@@ -1217,13 +1249,24 @@ def test_bad_commands_fail_with_one_clear_line(photos, finished, tmp_path, capsy
         (["--recipe", "imagenet", "--data", "nowhere"], "nowhere: no such folder"),
         (["--recipe", "imagenet", "--data", "empty"], "empty holds no images"),
         ([*TINY, "--data", str(odd)], "different classes, 'cat' among them"),
-        ([*TINY, "--data", str(broken), "--batch-size", "20", "--output", "o1"], "3.png is no image that can be read"),
+        (
+            [*TINY, "--data", str(broken), "--batch-size", "20", "--output", "o1"],
+            "3.png is no image that can be read: repair or delete it, or --skip-unreadable",
+        ),
         ([*good, "--batch-size", "64"], "48 training images are fewer than one batch of 64"),
         ([*good, "--batch-size", "1"], "--batch-size must be at least 2"),
         ([*good, "--epochs", "0"], "--epochs must be at least 1"),
         *[([*good, "--loss", name], f"--loss {name}") for name in ("power:x", "power:", "power", "foo", "whiten:3")],
+        ([*good, "--loss", "power:nan"], "--loss power:nan"),
+        ([*good, "--base-lr", "nan"], "--base-lr must be finite and not negative, got nan"),
+        ([*good, "--weight-decay", "-1"], "--weight-decay must be finite and not negative, got -1.0"),
+        ([*good, "--gray", "7"], "--gray is a probability"),
+        ([*good, "--view-sizes", "0", "0"], "--view-sizes must be at least 8"),
+        ([*good, "--output", ""], "--output is empty"),
+        ([*good, "--output", "notes/diary.txt"], "is no folder"),
+        ([*good, "--output", str(finished[0]), "--data", str(photos / "renamed")], "data "),
         ([*good, "--loss", "cwrgp"], "4 groups of 24 channels"),
-        ([*good, "--output", "notes", "--fresh"], "left alone"),
+        ([*good, "--output", "notes", "--fresh"], "notes is not empty and holds no run"),
         ([*good, "--arch", "alexnet"], "--arch alexnet"),
         ([*good, "--view-sizes", "16"], "at least two views"),
         ([*good, "--blur", "0.1", "0.2", "0.3"], "--blur takes one number"),
@@ -1272,6 +1315,37 @@ def test_fresh_keeps_the_earlier_run(finished, photos, tmp_path, capsys):
     before = (folder / "backbone.pt").read_bytes()
     train.main([*arguments, "--fresh", "--seed", "3"])
     assert (tmp_path / "run.1" / "backbone.pt").read_bytes() == before != (folder / "backbone.pt").read_bytes()
+
+
+def test_a_folder_belongs_to_one_run_at_a_time(photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    lock = train.claim(tmp_path / "run", {"epochs": 1}, False)
+    with pytest.raises(SystemExit):
+        train.claim(tmp_path / "run", {"epochs": 1}, False)
+    assert "another process is writing to" in capsys.readouterr().err
+    lock.close()
+    train.claim(tmp_path / "run", {"epochs": 1}, False).close()
+
+
+def test_a_damaged_log_or_a_foreign_state(finished, photos, tmp_path, capsys, monkeypatch):
+    """The log's bad lines are dropped; a checkpoint that does not fit ends in one line."""
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    with open(folder / "log.jsonl", "ab") as file:
+        file.write(b'{"loss": 2}\n\xff\xfe not json\n')
+    arguments = [*TINY, "--data", str(photos / "same"), "--output", str(folder)]
+    train.main(arguments)
+    assert all(json.loads(line)["step"] >= 0 for line in (folder / "log.jsonl").read_text().splitlines())
+    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
+    for change, message in (
+        ({"network": {}}, "does not fit this run"),
+        ({"step": "x"}, "no checkpoint of this script"),
+    ):
+        torch.save(saved | change, folder / "checkpoint.pt")
+        with pytest.raises(SystemExit):
+            train.main(arguments)
+        assert message in capsys.readouterr().err
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(photos, tmp_path, capsys):

@@ -12,6 +12,7 @@ Every field of a recipe is a flag. A second run of the same command resumes. Out
 import argparse
 import copy
 import dataclasses
+import fcntl
 import hashlib
 import itertools
 import json
@@ -165,7 +166,10 @@ def choose_device(name: str) -> torch.device:
             )
         torch.cuda.set_device(local)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if name == "cuda" else "gloo")
+        try:
+            dist.init_process_group("nccl" if name == "cuda" else "gloo")
+        except ValueError as error:
+            fail(f"WORLD_SIZE is {world}, but {error}: start with torchrun, or unset WORLD_SIZE", alone=True)
     return torch.device(name)
 
 
@@ -217,8 +221,10 @@ def decode(path: Path) -> Tensor:
     try:
         image = torchvision.io.decode_image(str(path), mode=torchvision.io.ImageReadMode.RGB)
         return TF.to_dtype(image if image.dim() == 3 else image[0], torch.uint8, scale=True)
-    except RuntimeError as error:
-        raise UnreadableImage(f"{path} is no image that can be read: {str(error).splitlines()[0]}") from None
+    except RuntimeError:
+        raise UnreadableImage(
+            f"{path} is no image that can be read: repair or delete it, or --skip-unreadable"
+        ) from None
 
 
 SHAPES = ["disc", "ring", "square", "triangle", "cross", "star", "bars", "half-disc"]
@@ -279,8 +285,13 @@ def draw_shapes(seed: int, indices: range, size: int = 32) -> tuple[Tensor, Tens
 
 def index_folder(folder: Path) -> tuple[list[Path], Tensor | None, list[str]]:
     """Image paths below `folder` in sorted order, with labels if all of them lie in sub-folders, the classes."""
-    found = (Path(where) / name for where, _, names in os.walk(folder, followlinks=True) for name in names)
-    paths = sorted(path for path in found if path.suffix.lower() in SUFFIXES)
+    seen, paths = set(), []
+    for where, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [] if os.path.realpath(where) in seen else [f for f in folders if not f.startswith(".")]
+        if os.path.realpath(where) not in seen:  # a link may lead back
+            seen.add(os.path.realpath(where))
+            paths += [Path(where) / n for n in names if Path(n).suffix.lower() in SUFFIXES and not n.startswith(".")]
+    paths.sort()
     if not paths:
         fail(f"{folder} holds no images ({', '.join(sorted(SUFFIXES))})")
     if any(p.parent == folder for p in paths):
@@ -317,11 +328,13 @@ def load_data(
             )
         splits = [draw_shapes(seed, range(start, start + n)) for start, n in ((0, 6000), (1_000_000, 1000))]
         return tuple(Images(pixels.to(device), None, labels, SHAPES) for pixels, labels in splits)
-    if data is None:
+    if not data:
         fail(f"the dataset {dataset} needs --data FOLDER")
     root = Path(data)
     if not root.is_dir():
         fail(f"--data {root}: no such folder")
+    if (root / "val").is_dir() and not (root / "train").is_dir():
+        fail(f"{root} has a val/ but no train/")
     if not (root / "train").is_dir():
         return (
             load_cifar(dataset, root, device)
@@ -330,6 +343,10 @@ def load_data(
         )
     train = load_folder(root / "train", device, cache_mb, skip)
     val = load_folder(root / "val", device, cache_mb) if (root / "val").is_dir() else None
+    if val and (len(val) < 2 or not val.classes):
+        fail(f"{root}/val needs at least 2 images, all of them in a folder for each class")
+    if val and not train.classes:
+        say(f"no k-NN: some images of {root}/train lie in no class folder")
     if val and train.classes and val.classes != train.classes:
         odd = sorted(set(val.classes) ^ set(train.classes))
         fail(f"{root}/train and {root}/val have different classes, {odd[0]!r} among them")
@@ -545,7 +562,7 @@ def training_views(images: Images, recipe: Recipe, seed: int, step: int, workers
 
 def outlive_signals(worker: int):
     """torchrun and Slurm send SIGTERM to workers too, but the run needs them until it has saved: they leave 20 s later."""
-    for name in (signal.SIGTERM, signal.SIGUSR1):
+    for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(name, lambda number, frame: signal.alarm(20))
 
 
@@ -640,6 +657,8 @@ def build_criterion(recipe: Recipe) -> nn.Module:
         return CWRGPLoss(groups=recipe.groups, sub_batch=recipe.sub_batch)
     try:
         p = {"whiten": 0.5, "none": 0.0}[recipe.loss] if name != "power" else float(exponent)
+        if not math.isfinite(p):
+            raise ValueError
     except (KeyError, ValueError):
         fail(f"--loss {recipe.loss}: choose intl, iternorm, whiten, power:P with a number P, cwrgp or none")
     return SpectralLoss(p, recipe.axis)
@@ -724,11 +743,15 @@ def knn_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Ten
 def save_atomically(data, path: Path):
     """Write beside `path`, flush to the disk, then rename: `path` always holds a complete file."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(data, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data) if isinstance(data, bytes) else torch.save(data, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # a full disk must not stay full
+        raise
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -739,8 +762,8 @@ def load_checkpoint(path: Path) -> dict:
         fail(
             f"{path} holds more than tensors and numbers, or is damaged; it is not unpickled, since that could run code"
         )
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        fail(f"{path} cannot be read as a checkpoint ({str(error).splitlines()[0]})")
+    except Exception as error:  # a damaged file raises nearly anything
+        fail(f"{path} cannot be read as a checkpoint ({(str(error).splitlines() or [type(error).__name__])[0]})")
 
 
 class Log:
@@ -750,18 +773,28 @@ class Log:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only the first process writes
 
         self.path = folder / "log.jsonl"
-        lines = self.path.read_text().splitlines() if step and self.path.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        self.path.write_text("".join(line + "\n" for line in kept))  # what came after the checkpoint comes again
+        lines = self.path.read_text(errors="replace").splitlines() if step and self.path.exists() else []
+        kept = [line for line in lines if 0 <= self.step_of(line) <= step]  # what came after the checkpoint comes again
+        save_atomically("".join(line + "\n" for line in kept).encode(), self.path)
         self.board = SummaryWriter(folder, purge_step=step + 1 if step else 0)
+
+    @staticmethod
+    def step_of(line: str) -> int:
+        try:
+            return json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError):
+            return -1  # a damaged line
 
     def write(self, text: str, **values):
         say(text)
-        with open(self.path, "a") as file:
-            file.write(json.dumps(values) + "\n")
-        for name, value in values.items():
-            if name != "step":
-                self.board.add_scalar(name, value, values["step"])
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(values) + "\n")
+            for name, value in values.items():
+                if name != "step":
+                    self.board.add_scalar(name, value, values["step"])
+        except OSError as error:
+            fail(f"{self.path.parent} cannot be written: {error}. The last checkpoint is kept", alone=True)
 
 
 def alarm(ranks: list[float], score: float, least: float) -> str | None:
@@ -839,6 +872,22 @@ def check(recipe: Recipe, args: argparse.Namespace):
         given = getattr(recipe, name, getattr(args, name, None))
         if given is not None and given < value:
             fail(f"--{name.replace('_', '-')} must be at least {value}, got {given}")
+    for name in ("base_lr", "final_lr", "weight_decay", "beta", "orthogonality_weight", "jitter"):
+        values = getattr(recipe, name)
+        for value in values if isinstance(values, tuple) else [values]:
+            if value is not None and not (math.isfinite(value) and (value >= 0 or name == "beta")):
+                fail(f"--{name.replace('_', '-')} must be finite and not negative, got {value}")
+    for name in ("jitter_prob", "gray", "blur", "solarize"):
+        values = getattr(recipe, name)
+        for value in values if isinstance(values, tuple) else [values]:
+            if not 0 <= value <= 1:
+                fail(f"--{name.replace('_', '-')} is a probability, between 0 and 1, got {value}")
+    if not 0 <= args.seed < 2**63:
+        fail(f"--seed must be between 0 and 2^63 - 1, got {args.seed}")
+    if args.output == "":
+        fail("--output is empty")
+    if min(recipe.view_sizes) < 8:
+        fail(f"--view-sizes must be at least 8, got {min(recipe.view_sizes)}")
     if recipe.warmup_epochs >= recipe.epochs:
         fail(f"--warmup-epochs {recipe.warmup_epochs} leaves nothing of --epochs {recipe.epochs}")
     if recipe.batch_size % world:
@@ -862,7 +911,7 @@ def check(recipe: Recipe, args: argparse.Namespace):
         fail(f"--iterations must be between 1 and 40, got {recipe.iterations}")
     if recipe.ema is not None and (recipe.loss == "cwrgp" or not 0 <= recipe.ema <= 1):
         fail("--ema is a momentum between 0 and 1, and --loss cwrgp, which compares all pairs of views, has no teacher")
-    together = recipe.sub_batch or recipe.batch_size
+    together = recipe.batch_size if recipe.sub_batch is None else recipe.sub_batch
     if recipe.loss == "cwrgp" and (
         recipe.groups < 1
         or together < 2
@@ -880,37 +929,47 @@ def check(recipe: Recipe, args: argparse.Namespace):
 
 def resume_point(folder: Path, config: dict, fresh: bool) -> dict | None:
     """The checkpoint to go on from, or None for a new run. A folder with something else in it is left alone."""
-    if fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":  # torchrun's own restarts resume
-        if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
-            fail(f"--fresh: {folder} holds no run of this script and is left alone: choose another --output")
-        if folder.exists() and rank_and_world()[0] == 0:
-            folder = folder.resolve()
-            numbered = (folder.with_name(f"{folder.name}.{i}") for i in itertools.count(1))
-            aside = next(path for path in numbered if not path.exists())
-            folder.rename(aside)
-            say(f"--fresh: the earlier run is kept as {aside}")
+    if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
+        fail(f"--output {folder} is no folder")
+    if not folder.exists() or not any(name for name in os.listdir(folder) if name != ".lock"):
         return None
-    if folder.exists() and not folder.is_dir():
-        fail(f"--output {folder} is a file")
-    if not folder.exists() or not any(folder.iterdir()):
-        return None
-    if not (folder / "config.json").exists():
+    if not (folder / "config.json").is_file():
         fail(f"{folder} is not empty and holds no run of this script: choose another --output")
+    if fresh:
+        return None
     try:
         there = json.loads((folder / "config.json").read_text())
-    except ValueError:
+        names = [name for name in sorted(there.keys() | config.keys()) if there.get(name) != config.get(name)]
+    except (OSError, ValueError, AttributeError):
         fail(f"{folder}/config.json is damaged: choose another --output or give --fresh")
-    here = json.loads(json.dumps(config))
-    names = [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
     if names:
-        differing = ", ".join(f"{name} {there.get(name)} there and {here.get(name)} here" for name in names)
+        differing = ", ".join(f"{name} {there.get(name)} there and {config.get(name)} here" for name in names)
         fail(f"{folder} holds another run ({differing}): choose another --output or give --fresh")
     if not (folder / "checkpoint.pt").exists():
         return None
     saved = load_checkpoint(folder / "checkpoint.pt")
-    if not isinstance(saved, dict) or not {"step", "network", "optimizer"} <= saved.keys():
+    keys = {"step", "network", "optimizer", "scaler", "teacher", "history"}
+    if not isinstance(saved, dict) or not keys <= saved.keys() or not isinstance(saved["step"], int):
         fail(f"{folder}/checkpoint.pt is no checkpoint of this script: choose another --output or give --fresh")
     return saved
+
+
+def claim(folder: Path, config: dict, fresh: bool):
+    """First process: set an earlier run aside if told to, make the folder, lock it for as long as this process lives."""
+    if fresh and folder.exists():
+        folder = Path(os.path.realpath(folder))
+        aside = next(p for p in (folder.with_name(f"{folder.name}.{i}") for i in itertools.count(1)) if not p.exists())
+        folder.rename(aside)
+        say(f"--fresh: the earlier run is kept as {aside}")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / ".lock", "w")  # noqa: SIM115
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"another process is writing to {folder}: choose another --output")
+    if not (folder / "config.json").exists():
+        save_atomically((json.dumps(config, indent=1) + "\n").encode(), folder / "config.json")
+    return lock
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -949,6 +1008,9 @@ def main(argv: list[str] | None = None):
     check(recipe, args)
     criterion = build_criterion(recipe)
     folder = Path(args.output or f"runs/{args.recipe}")
+    fresh = args.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"  # torchrun's own restarts resume
+    if fresh:
+        folder = Path(os.path.abspath(folder))  # the working directory may be renamed with it
     device = choose_device(args.device)
     dtype, reason = choose_precision(args.precision, device)
     train, val = load_data(recipe.dataset, args.data, args.seed, device, args.cache_mb, args.skip_unreadable)
@@ -958,7 +1020,10 @@ def main(argv: list[str] | None = None):
     total = recipe.epochs * steps
     last = min(total, args.max_steps or total)
     config = dataclasses.asdict(recipe) | {"recipe": args.recipe, "seed": args.seed, "images": len(train)}
-    saved = resume_point(folder, config, args.fresh)
+    names = "".join(os.path.relpath(path, args.data) for path in train.paths or [])
+    config["data"] = hashlib.blake2b(names.encode(errors="replace"), digest_size=8).hexdigest()
+    config = json.loads(json.dumps(config))  # as it will be read again
+    saved = resume_point(folder, config, fresh)
     if dist.is_initialized():
         dist.barrier()  # all have looked at the folder before the first process writes to it
 
@@ -974,12 +1039,15 @@ def main(argv: list[str] | None = None):
     step, history = 0, {"random_knn": None, "trained_knn": None, "ranks": []}
     if saved:
         step, history = saved["step"], saved["history"]
-        network.load_state_dict(saved["network"])
-        optimizer.load_state_dict(saved["optimizer"])
-        if saved["scaler"]:
-            scaler.load_state_dict(saved["scaler"])
-        if teacher:
-            teacher.load_state_dict(saved["teacher"])
+        try:
+            network.load_state_dict(saved["network"])
+            optimizer.load_state_dict(saved["optimizer"])
+            if saved["scaler"]:
+                scaler.load_state_dict(saved["scaler"])
+            if teacher:
+                teacher.load_state_dict(saved["teacher"])
+        except (KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+            fail(f"{folder}/checkpoint.pt does not fit this run: {' '.join(str(error).split())[:200]}")
     if args.compile:
         backbone.compile()
     ids = [torch.cuda.current_device()] if device.type == "cuda" else None
@@ -988,11 +1056,11 @@ def main(argv: list[str] | None = None):
     log = None
     if rank == 0:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+            lock = claim(folder, config, fresh)
             log = Log(folder, step)
         except OSError as error:
             fail(f"--output {folder} cannot be written: {error}")
+    say("configuration: " + ", ".join(f"{name} {value}" for name, value in config.items()))
     parameters = sum(p.numel() for p in network.parameters()) / 1e6
     where = "in memory" if train.pixels is not None else f"read by {args.workers} workers"
     say(f"{args.recipe}: {len(train)} images {where}; {recipe.epochs} epochs of {steps} steps; output {folder}")
@@ -1008,7 +1076,7 @@ def main(argv: list[str] | None = None):
     queried = torch.randperm(len(probe), generator=rng(args.seed, "queries"))[: 10_000 if val else 2000]
     size = recipe.view_sizes[0]
 
-    advice = f"The last checkpoint in {folder} is kept. A lower --base-lr or --precision float32 may help"
+    advice = f"What was saved in {folder} is kept. A lower --base-lr or --precision float32 may help"
 
     def evaluate(embedding: Tensor | None) -> float | None:
         started = time.time()
@@ -1052,12 +1120,18 @@ def main(argv: list[str] | None = None):
                 )
             except (OSError, RuntimeError) as error:
                 fail(
-                    f"no checkpoint could be written to {folder} ({error}); the one before it is untouched", alone=True
+                    f"{folder} cannot be written: {error}. Its checkpoint.pt is complete, if perhaps an older one",
+                    alone=True,
                 )
 
     told_to_stop = []
-    for name in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(name, lambda number, frame: told_to_stop.append(number))
+
+    def stop_soon(number, frame):
+        told_to_stop.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends the run at once
+
+    signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    handlers = [signal.signal(name, stop_soon) for name in signals]
     if dist.is_initialized():
         steps_of_all = [None] * world
         dist.all_gather_object(steps_of_all, step)
@@ -1120,11 +1194,16 @@ def main(argv: list[str] | None = None):
             say(f"told to stop: saved at step {step} of {total}; the same command goes on from there")
             break
     views.close()
+    for name, handler in zip(signals, handlers):
+        signal.signal(name, handler)
+    if log:
+        log.board.close()
+        lock.close()
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
     if step >= last:
-        if history["trained_knn"] is not None:
+        if None not in (history["random_knn"], history["trained_knn"]):
             say(f"5-NN top-1 on {len(queried)} held-out images: random network {history['random_knn']:.1f} %, "
                 f"after {step / steps:g} epochs {history['trained_knn']:.1f} %")  # fmt: skip
         data = f" --data {args.data}" if args.data else ""
