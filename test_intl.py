@@ -1080,7 +1080,7 @@ train.main(sys.argv[1:])
 
 
 def test_restarts_of_torchrun_resume(photos, tmp_path):
-    """--max-restarts: a process dies once, in the second epoch; the others stop, all start again, and the run ends."""
+    """--max-restarts: a process dies once, in the second epoch; both are started again and go on."""
     script = tmp_path / "dies_once.py"
     script.write_text(
         f"""

@@ -167,7 +167,10 @@ def choose_device(name: str) -> torch.device:
         torch.cuda.set_device(local)
     if world > 1 and not dist.is_initialized():
         try:
-            dist.init_process_group("nccl" if name == "cuda" else "gloo")
+            store, _, _ = next(dist.rendezvous("env://"))
+            # Under its own name for each of torchrun's restarts: in a shared store the dead processes' addresses remain.
+            store = dist.PrefixStore("start " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+            dist.init_process_group("nccl" if name == "cuda" else "gloo", store=store, rank=rank, world_size=world)
         except ValueError as error:
             fail(f"WORLD_SIZE is {world}, but {error}: start with torchrun, or unset WORLD_SIZE", alone=True)
     return torch.device(name)
