@@ -563,18 +563,25 @@ def training_views(images: Images, recipe: Recipe, seed: int, step: int, workers
             step += 1
 
 
+STOPPING = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT}
+
+
 def outlive_signals(worker: int):
     """torchrun and Slurm send SIGTERM to workers too, but the run needs them until it has saved: they leave 20 s later."""
-    for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for name in STOPPING:
         signal.signal(name, lambda number, frame: signal.alarm(20))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
 
-def read(dataset: Decoded, workers: int, device: torch.device, **batches):
+def read(dataset: Decoded, workers: int, device: torch.device, **sampling):
     """Batches that workers decode; an unreadable image ends the run with its name."""
     options = {"pin_memory": device.type == "cuda", "prefetch_factor": 4 if workers else None, "num_workers": workers}
-    loader = torch.utils.data.DataLoader(dataset, worker_init_fn=outlive_signals, **options, **batches)
+    loader = torch.utils.data.DataLoader(dataset, worker_init_fn=outlive_signals, **options, **sampling)
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # a worker is born deaf, until outlive_signals has run in it
+    batches = iter(loader)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
     try:
-        yield from loader
+        yield from batches
     except UnreadableImage as error:  # a worker's traceback ends with the message
         fail(str(error).strip().splitlines()[-1].split("UnreadableImage: ")[-1], alone=True)
 
@@ -1133,8 +1140,7 @@ def main(argv: list[str] | None = None):
         told_to_stop.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends the run at once
 
-    signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    handlers = [signal.signal(name, stop_soon) for name in signals]
+    handlers = {name: signal.signal(name, stop_soon) for name in STOPPING}
     if dist.is_initialized():
         steps_of_all = [None] * world
         dist.all_gather_object(steps_of_all, step)
@@ -1197,7 +1203,7 @@ def main(argv: list[str] | None = None):
             say(f"told to stop: saved at step {step} of {total}; the same command goes on from there")
             break
     views.close()
-    for name, handler in zip(signals, handlers):
+    for name, handler in handlers.items():
         signal.signal(name, handler)
     if log:
         log.board.close()
