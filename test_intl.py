@@ -733,12 +733,14 @@ def test_batched_grey_solarise_flip_and_blur_equal_torchvision():
 @pytest.mark.parametrize("size", [12, 32, 40])
 def test_batched_resized_crop_equals_torchvision(size):
     x = pictures()
-    boxes = train.crop_boxes(32, 32, (0.08, 1.0), torch.rand(24, 10, 4, generator=torch.Generator().manual_seed(2)))
-    bicubic = TF.InterpolationMode.BICUBIC
-    expected = [
-        TF.resized_crop(i, *map(int, b), [size, size], bicubic, antialias=True) for i, b in zip(x, boxes.tolist())
-    ]
-    assert_same_picture(train.resized_crops(x, boxes, size), torch.stack(expected))
+    u = torch.rand(24, 10, 4, generator=torch.Generator().manual_seed(2))
+    boxes = train.crop_boxes(32, 32, torch.tensor([[0.08, 1.0]]), u)
+    for mode in ("bicubic", "bilinear"):
+        expected = [
+            TF.resized_crop(i, *map(int, b), [size, size], TF.InterpolationMode(mode), antialias=True)
+            for i, b in zip(x, boxes.tolist())
+        ]
+        assert_same_picture(train.resized_crops(x, boxes, size, mode), torch.stack(expected))
 
 
 @pytest.mark.parametrize("height, width, scale", [(32, 32, (0.08, 1.0)), (60, 200, (0.2, 1.0)), (90, 70, (0.5, 0.6))])
@@ -748,7 +750,8 @@ def test_crops_are_distributed_as_torchvisions(height, width, scale):
     torch.manual_seed(0)
     draw = torchvision.transforms.RandomResizedCrop.get_params
     expected = torch.tensor([draw(torch.empty(3, height, width), scale, (3 / 4, 4 / 3)) for _ in range(n)])
-    got = train.crop_boxes(height, width, scale, torch.rand(n, 10, 4, generator=torch.Generator().manual_seed(1)))
+    u = torch.rand(n, 10, 4, generator=torch.Generator().manual_seed(1))
+    got = train.crop_boxes(height, width, torch.tensor([scale]), u)
     for statistic in (
         lambda b: b[:, 2] * b[:, 3] / (height * width),
         lambda b: (b[:, 3] / b[:, 2]).log(),
@@ -780,10 +783,13 @@ def photos(tmp_path_factory):
 def test_order_and_crops_do_not_depend_on_workers_or_processes(photos, monkeypatch):
     recipe = train.Recipe(batch_size=8, view_sizes=(16, 16))
     device = torch.device("cpu")
-    for kind in ("same", "mixed"):
-        images, _ = train.load_data("folder", str(photos / kind), 0, device)
-        assert (images.pixels is None) == (kind == "mixed")
-        whole = [next(train.training_views(images, recipe, 0, step, 0, device)) for step in range(8)]
+    views_of = {}
+    for kind, cache, held in (("same", 1, torch.Tensor), ("mixed", 1, list), ("mixed", 0, type(None))):
+        images, _ = train.load_data("folder", str(photos / kind), 0, device, cache)
+        assert isinstance(images.pixels, held)
+        views_of[kind, cache] = whole = [
+            next(train.training_views(images, recipe, 0, step, 0, device)) for step in range(8)
+        ]
         for workers in (0, 2):
             views = train.training_views(images, recipe, 0, 0, workers, device)
             for expected in whole:  # over the end of an epoch of 6 steps, from any step
@@ -795,6 +801,8 @@ def test_order_and_crops_do_not_depend_on_workers_or_processes(photos, monkeypat
             torch.testing.assert_close(share, [v[4 * rank : 4 * rank + 4] for v in whole[3]])
         monkeypatch.delenv("WORLD_SIZE")
         monkeypatch.delenv("RANK")
+    for a, b in zip(views_of["mixed", 1], views_of["mixed", 0]):  # in memory or read by workers: the same crops
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -823,8 +831,7 @@ def test_steps_equal_an_independent_computation(ema):
     mine = {k: v.clone().requires_grad_() for k, v in network.state_dict().items()}
     my_teacher = {k: v.detach().clone() for k, v in mine.items()}
     velocity = {k: torch.zeros_like(v) for k, v in mine.items()}
-    optimizer, criterion = train.build_optimizer(network, recipe), train.build_criterion(recipe)
-    teacher = train.copy.deepcopy(network).requires_grad_(False) if ema else None
+    trainer = train.Trainer(recipe, network, steps, 0, torch.device("cpu"), torch.float32)
 
     def embed(weights, x):
         h = x.flatten(1) @ weights["backbone.1.weight"].T + weights["backbone.1.bias"]
@@ -832,13 +839,7 @@ def test_steps_equal_an_independent_computation(ema):
 
     for step in range(3):
         views = list(randn(len(recipe.view_sizes), 8, 3, 6, 6, seed=step))
-        optimizer.param_groups[0]["lr"] = train.learning_rate(step, steps, recipe)
-        if ema:
-            train.move_teacher(teacher, network, train.teacher_momentum(step, steps, recipe))
-        loss, _ = train.step_loss(network, teacher, criterion, views, torch.float32)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        loss, _ = trainer.step(views, step)
 
         peak, t, T = 0.3 * 8 / 256, step - 2 + 1, 6 - 2
         rate = peak * (step + 1) / 2 if step < 2 else peak * (0.001 + 0.999 * 0.5 * (1 + math.cos(math.pi * t / T)))
@@ -855,7 +856,7 @@ def test_steps_equal_an_independent_computation(ema):
     for name, w in network.state_dict().items():
         torch.testing.assert_close(w, mine[name].detach(), rtol=1e-9, atol=1e-12)
         if ema:
-            torch.testing.assert_close(teacher.state_dict()[name], my_teacher[name], rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(trainer.teacher.state_dict()[name], my_teacher[name], rtol=1e-9, atol=1e-12)
 
 
 def test_schedules_at_their_ends():
@@ -1050,17 +1051,28 @@ def test_a_process_that_dies_ends_the_others(photos, tmp_path):
 import os, sys
 sys.path.insert(0, {str(HERE)!r})
 import train
-step_loss = train.step_loss
+step = train.Trainer.step
 def dying(*arguments):
     if os.environ["RANK"] == "1":
         os._exit(7)
-    return step_loss(*arguments)
-train.step_loss = dying
+    return step(*arguments)
+train.Trainer.step = dying
 train.main(sys.argv[1:])
 """
     )
     run = torchrun(2, script, *TINY, "--data", photos / "same", "--output", tmp_path / "run", timeout=120)
     assert run.returncode != 0 and "exitcode  : 7" in run.stderr
+
+
+def test_a_process_that_fails_alone_takes_the_others_along_without_a_traceback(photos, tmp_path):
+    """One line names the file, although only one process has met it."""
+    shutil.copytree(photos / "mixed" / "train", tmp_path / "data")
+    broken = sorted((tmp_path / "data").rglob("*.png"))[20]
+    broken.write_bytes(b"no picture")
+    flags = ["--data", tmp_path / "data", "--cache-mb", "0", "--output", tmp_path / "run"]
+    run = torchrun(2, HERE / "train.py", *TINY, *flags, timeout=120)
+    assert run.returncode != 0 and run.stderr.count(f"{broken} is no image that can be read") == 1
+    assert "RuntimeError" not in run.stderr and "Connection" not in run.stderr
 
 
 WITHOUT_BN = f"""
@@ -1087,13 +1099,13 @@ def test_restarts_of_torchrun_resume(photos, tmp_path):
 import os, sys
 sys.path.insert(0, {str(HERE)!r})
 import train
-step_loss, calls = train.step_loss, []
+step, calls = train.Trainer.step, []
 def dying(*arguments):
     calls.append(1)
     if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and len(calls) == 5:
         os._exit(7)
-    return step_loss(*arguments)
-train.step_loss = dying
+    return step(*arguments)
+train.Trainer.step = dying
 train.main(sys.argv[1:])
 """
     )
@@ -1164,7 +1176,7 @@ def test_sigterm_to_torchrun_saves_before_the_processes_leave(photos, tmp_path):
         "2",
         HERE / "train.py",
     ]
-    command += [*TINY, "--data", photos / "mixed", "--output", tmp_path / "run", "--epochs", "300"]
+    command += [*TINY, "--data", photos / "mixed", "--cache-mb", "0", "--output", tmp_path / "run", "--epochs", "300"]
     process = subprocess.Popen(
         [*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT
     )

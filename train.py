@@ -13,6 +13,7 @@ import argparse
 import copy
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import itertools
 import json
@@ -20,6 +21,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import resource
 import signal
 import sys
 import time
@@ -88,6 +90,7 @@ class Recipe:
     view_sizes: tuple[int, ...] = flag((224, 224), "pixels of each view")
     min_scale: tuple[float, ...] = flag((0.08,), "least area of a crop, one number or one per view")
     max_scale: tuple[float, ...] = flag((1.0,), "largest area of a crop")
+    interpolation: str = flag("bicubic", "of the crops' resizing, antialiased", choices=["bicubic", "bilinear"])
     jitter: tuple[float, ...] = flag((0.4, 0.4, 0.2, 0.1), "strength: brightness, contrast, saturation, hue")
     jitter_prob: float = flag(0.8, "probability of colour jitter")
     gray: float = flag(0.2, "probability of grey")
@@ -136,7 +139,27 @@ def fail(message: str, alone: bool = False):
     """Leave with status 2 and one line on stderr: from the first process, since all come here, or from one that fails alone."""
     if alone or rank_and_world()[0] == 0:
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+    if alone and STORES:
+        STORES[-1].set("failed", "")
     raise SystemExit(2)
+
+
+STORES = []  # of the process group, through which one process tells the others that it has left with an error
+
+
+def leave_together(main):
+    """A script's main: where one process has failed alone, the others leave without tracebacks of their broken connections."""
+
+    @functools.wraps(main)
+    def wrapped(argv: list[str] | None = None):
+        try:
+            return main(argv)
+        except RuntimeError:
+            if STORES and STORES[-1].check(["failed"]):
+                raise SystemExit(2) from None
+            raise
+
+    return wrapped
 
 
 def say(message: str):
@@ -170,6 +193,7 @@ def choose_device(name: str) -> torch.device:
             store, _, _ = next(dist.rendezvous("env://"))
             # Under its own name for each of torchrun's restarts: in a shared store the dead processes' addresses remain.
             store = dist.PrefixStore("start " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+            STORES.append(store)
             dist.init_process_group("nccl" if name == "cuda" else "gloo", store=store, rank=rank, world_size=world)
         except ValueError as error:
             fail(f"WORLD_SIZE is {world}, but {error}: start with torchrun, or unset WORLD_SIZE", alone=True)
@@ -203,7 +227,9 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif"}
 
 @dataclass
 class Images:
-    pixels: Tensor | None  # (n, 3, h, w) uint8, on the device, or None where `paths` are read as they are needed
+    pixels: (
+        Tensor | list[Tensor] | None
+    )  # uint8 on the device: (n, 3, h, w), or n of (3, h, w); None: `paths` are read as needed
     paths: list[Path] | None
     labels: Tensor | None  # (n,) int64
     classes: list[str]
@@ -305,18 +331,20 @@ def index_folder(folder: Path) -> tuple[list[Path], Tensor | None, list[str]]:
 
 
 def load_folder(folder: Path, device: torch.device, cache_mb: int, skip: bool = False) -> Images:
-    """In memory if all images are of the first one's size and fit, else as paths. `skip`: go on without unreadable ones."""
+    """In memory if all images fit, else as paths. `skip`: go on without unreadable ones."""
     paths, labels, classes = index_folder(folder)
     images = Images(None, paths, labels, classes, multiprocessing.Value("q", 0) if skip else None)
-    pixels = []
+    pixels, size = [], 0
     for path in paths:
         try:
             pixels.append(decode(path))
         except UnreadableImage as error:
             return images if skip else fail(str(error))
-        if pixels[-1].shape != pixels[0].shape or pixels[0].numel() * len(paths) > cache_mb * 2**20:
+        size += pixels[-1].numel()
+        if size * len(paths) > cache_mb * 2**20 * max(len(pixels), min(16, len(paths))):  # judged by 16 images or more
             return images
-    images.pixels = torch.stack(pixels).to(device)
+    one_size = len({x.shape for x in pixels}) == 1
+    images.pixels = torch.stack(pixels).to(device) if one_size else [x.to(device) for x in pixels]
     return images
 
 
@@ -384,10 +412,11 @@ def load_cifar(dataset: str, root: Path, device: torch.device) -> tuple[Images, 
 # Augmentation: crops first (in memory as two matrix products, or in a worker), then colour, batched on the device
 
 
-def crop_boxes(height: int, width: int, scale: tuple[float, float], u: Tensor) -> Tensor:
-    """RandomResizedCrop's boxes (n, 4): top, left, height, width, from uniform u (n, 10, 4): of ten tries the first that
-    fits in the image, else the largest centred box of an allowed aspect ratio."""
-    area = height * width * (scale[0] + (scale[1] - scale[0]) * u[..., 0])  # (n, 10)
+def crop_boxes(height: int, width: int, scale: Tensor, u: Tensor) -> Tensor:
+    """RandomResizedCrop's boxes (n, 4): top, left, height, width, from uniform u (n, 10, 4) and the least and largest share
+    of the area, scale (n or 1, 2): of ten tries the first that fits in the image, else the largest centred box of an
+    allowed aspect ratio."""
+    area = height * width * torch.lerp(scale[:, :1], scale[:, 1:], u[..., 0])  # (n, 10)
     ratio = ((2 * u[..., 1] - 1) * math.log(4 / 3)).exp()  # in [3/4, 4/3], uniform in its logarithm
     w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
     fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
@@ -399,27 +428,30 @@ def crop_boxes(height: int, width: int, scale: tuple[float, float], u: Tensor) -
     return torch.where(fits.any(1, keepdim=True), box, whole)
 
 
-def resize_matrix(start: Tensor, length: Tensor, source: int, target: int) -> Tensor:
-    """(n, target, source): antialiased bicubic resampling of `length` pixels from `start` to `target` pixels, as a matrix.
-    A resized crop of an image is rows @ image @ columns^T."""
+def resize_matrix(start: Tensor, length: Tensor, source: int, target: int, interpolation: str) -> Tensor:
+    """(n, target, source): antialiased resampling of `length` pixels from `start` to `target` pixels, as a matrix. A resized
+    crop of an image is rows @ image @ columns^T."""
     step = (length / target)[:, None, None]  # (n, 1, 1) source pixels per target pixel
     stretch = step.clamp_min(1)  # antialiasing: the kernel widens when the image shrinks
     centre = start[:, None, None] + (torch.arange(target, device=start.device)[:, None] + 0.5) * step  # (n, target, 1)
     pixel = torch.arange(source, device=start.device) + 0.5  # (source,)
     t = ((pixel - centre) / stretch).abs()  # (n, target, source)
-    a = -0.5
-    near, far = ((a + 2) * t - (a + 3)) * t * t + 1, ((a * t - 5 * a) * t + 8 * a) * t - 4 * a
-    weight = torch.where(t < 1, near, torch.where(t < 2, far, 0))
+    if interpolation == "bilinear":
+        weight = (1 - t).clamp_min(0)
+    else:
+        a = -0.5
+        near, far = ((a + 2) * t - (a + 3)) * t * t + 1, ((a * t - 5 * a) * t + 8 * a) * t - 4 * a
+        weight = torch.where(t < 1, near, torch.where(t < 2, far, 0))
     inside = (pixel > start[:, None, None]) & (pixel < (start + length)[:, None, None])
     weight = weight * inside
     return weight / weight.sum(-1, keepdim=True)
 
 
-def resized_crops(images: Tensor, boxes: Tensor, size: int) -> Tensor:
+def resized_crops(images: Tensor, boxes: Tensor, size: int, interpolation: str = "bicubic") -> Tensor:
     """uint8 images (n, 3, h, w) and boxes (n, 4) -> (n, 3, size, size) in [0, 1]."""
     top, left, height, width = boxes.to(images.device).unbind(1)
-    rows = resize_matrix(top, height, images.shape[2], size)[:, None]  # (n, 1, size, h)
-    columns = resize_matrix(left, width, images.shape[3], size)[:, None]
+    rows = resize_matrix(top, height, images.shape[2], size, interpolation)[:, None]  # (n, 1, size, h)
+    columns = resize_matrix(left, width, images.shape[3], size, interpolation)[:, None]
     return (rows @ (images.float() / 255 @ columns.mT).clamp(0, 1)).clamp(
         0, 1
     )  # overshoot is cut after each pass, as for uint8
@@ -459,7 +491,7 @@ def augment(x: Tensor, u: Tensor, order: list[int], recipe: Recipe, view: int) -
     u = u.to(x.device)[:, :, None, None, None]  # (n, 10, 1, 1, 1)
     on = u[:, 0] < recipe.jitter_prob  # (n, 1, 1, 1)
     strength = [torch.where(on, (2 * u[:, 1 + i] - 1) * s, 0) for i, s in enumerate(recipe.jitter)]
-    for operation in order:
+    for operation in order if recipe.jitter_prob else []:
         amount = strength[operation]
         if operation == 0:
             x = (x * (1 + amount)).clamp(0, 1)
@@ -469,12 +501,14 @@ def augment(x: Tensor, u: Tensor, order: list[int], recipe: Recipe, view: int) -
             x = torch.lerp(gray(x), x, 1 + amount).clamp(0, 1)
         else:
             x = shift_hue(x, amount)
-    x = torch.where(u[:, 5] < recipe.gray, gray(x), x)
-    if of_view(recipe.blur, view) > 0:
+    if recipe.gray:
+        x = torch.where(u[:, 5] < recipe.gray, gray(x), x)
+    if of_view(recipe.blur, view):
         matrix = blur_matrix(0.1 + 1.9 * u[:, 7, 0, 0, 0], x.shape[-1])[:, None]  # (n, 1, s, s)
         x = torch.where(u[:, 6] < of_view(recipe.blur, view), matrix @ x @ matrix.mT, x)
-    inverts = (u[:, 8] < of_view(recipe.solarize, view)) & (x >= recipe.solarize_threshold / 255)
-    x = torch.where(inverts, 1 - x, x)
+    if of_view(recipe.solarize, view):
+        inverts = (u[:, 8] < of_view(recipe.solarize, view)) & (x >= recipe.solarize_threshold / 255)
+        x = torch.where(inverts, 1 - x, x)
     x = torch.where(u[:, 9] < 0.5, x.flip(-1), x)
     return normalize(x, recipe.dataset)
 
@@ -489,8 +523,14 @@ def of_view(values: tuple, view: int):
     return values[view % len(values)]
 
 
+def crop_scales(recipe: Recipe) -> Tensor:
+    """(V, 2): least and largest area of each view's crop."""
+    views = range(len(recipe.view_sizes))
+    return torch.tensor([[of_view(recipe.min_scale, v), of_view(recipe.max_scale, v)] for v in views])
+
+
 class Decoded(torch.utils.data.Dataset):
-    """Workers' half: decode image i, then make uint8 views of it."""
+    """Workers' half: decode image i, or take it from memory, then make uint8 views of it."""
 
     def __init__(self, images: Images, views):
         self.images, self.views = images, views
@@ -498,6 +538,8 @@ class Decoded(torch.utils.data.Dataset):
     def __getitem__(self, key):  # key: an index, or (epoch, index)
         paths, skipped = self.images.paths, self.images.skipped
         index = key if isinstance(key, int) else key[1]
+        if self.images.pixels is not None:
+            return self.views(self.images.pixels[index], key)
         for offset in range(len(paths) if skipped else 1):  # the next readable image stands in
             try:
                 return self.views(decode(paths[(index + offset) % len(paths)]), key)
@@ -515,13 +557,13 @@ class RandomCrops:
     seed: int
 
     def __call__(self, image: Tensor, key: tuple[int, int]) -> list[Tensor]:
-        views = []
-        for v, size in enumerate(self.recipe.view_sizes):
-            scale = of_view(self.recipe.min_scale, v), of_view(self.recipe.max_scale, v)
-            u = torch.rand(1, 10, 4, generator=rng(self.seed, "crop", *key, v))
-            box = crop_boxes(*image.shape[1:], scale, u)[0].int().tolist()
-            views.append(TF.resized_crop(image, *box, [size, size], TF.InterpolationMode.BICUBIC, antialias=True))
-        return views
+        sizes = self.recipe.view_sizes
+        u = [torch.rand(10, 4, generator=rng(self.seed, "crop", *key, v)) for v in range(len(sizes))]
+        boxes = (
+            crop_boxes(*image.shape[1:], crop_scales(self.recipe), torch.stack(u)).int().tolist()
+        )  # of all views at once
+        mode = TF.InterpolationMode(self.recipe.interpolation)
+        return [TF.resized_crop(image, *box, [s, s], mode, antialias=True) for box, s in zip(boxes, sizes)]
 
 
 @dataclass
@@ -546,14 +588,14 @@ def training_views(images: Images, recipe: Recipe, seed: int, step: int, workers
     while True:
         epoch, first = divmod(step, steps)
         order = epoch_order(len(images), seed, epoch, recipe.batch_size)[first:, share]  # (steps left, b)
-        if images.pixels is None:
+        if isinstance(images.pixels, Tensor):
+            batches = (memory_crops(images.pixels, b, recipe, seed, s, share) for s, b in enumerate(order, start=step))
+        else:
             keys = [[(epoch, i) for i in row] for row in order.tolist()]
             batches = (
                 [v.to(device, non_blocking=True).float() / 255 for v in views]
                 for views in read(Decoded(images, RandomCrops(recipe, seed)), workers, device, batch_sampler=keys)
             )
-        else:
-            batches = (memory_crops(images.pixels, b, recipe, seed, s, share) for s, b in enumerate(order, start=step))
         for views in batches:
             for v, x in enumerate(views):
                 u = torch.rand(recipe.batch_size, 10, generator=rng(seed, "colour", step, v))[share]
@@ -574,8 +616,11 @@ def outlive_signals(worker: int):
 
 
 def read(dataset: Decoded, workers: int, device: torch.device, **sampling):
-    """Batches that workers decode; an unreadable image ends the run with its name."""
-    options = {"pin_memory": device.type == "cuda", "prefetch_factor": 4 if workers else None, "num_workers": workers}
+    """Batches that workers decode, or that this process cuts out of memory; an unreadable image ends the run with its name."""
+    in_memory = dataset.images.pixels is not None
+    workers = 0 if in_memory else workers
+    options = {"pin_memory": device.type == "cuda" and not in_memory, "prefetch_factor": 4 if workers else None}
+    options["num_workers"] = workers
     loader = torch.utils.data.DataLoader(dataset, worker_init_fn=outlive_signals, **options, **sampling)
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # a worker is born deaf, until outlive_signals has run in it
     batches = iter(loader)
@@ -589,10 +634,9 @@ def read(dataset: Decoded, workers: int, device: torch.device, **sampling):
 def memory_crops(pixels: Tensor, rows: Tensor, recipe: Recipe, seed: int, step: int, share: slice) -> list[Tensor]:
     """Random resized crops (b, 3, s, s) of the images `rows` that lie on the device."""
     batch, views = pixels[rows.to(pixels.device)], []
-    for v, size in enumerate(recipe.view_sizes):
-        scale = of_view(recipe.min_scale, v), of_view(recipe.max_scale, v)
+    for v, (size, scale) in enumerate(zip(recipe.view_sizes, crop_scales(recipe))):
         u = torch.rand(recipe.batch_size, 10, 4, generator=rng(seed, "crop", step, v))[share]
-        views.append(resized_crops(batch, crop_boxes(*pixels.shape[2:], scale, u), size))
+        views.append(resized_crops(batch, crop_boxes(*pixels.shape[2:], scale[None], u), size, recipe.interpolation))
     return views
 
 
@@ -678,7 +722,7 @@ def build_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer
     decays = [p for p in network.parameters() if recipe.decay_all or p.ndim > 1]
     spared = [p for p in network.parameters() if not (recipe.decay_all or p.ndim > 1)]
     groups = [{"params": decays, "weight_decay": recipe.weight_decay}, {"params": spared, "weight_decay": 0.0}]
-    return torch.optim.SGD([g for g in groups if g["params"]], lr=0.0, momentum=0.9)
+    return torch.optim.SGD([g for g in groups if g["params"]], lr=0.0, momentum=0.9, fused=True)
 
 
 def learning_rate(step: int, steps: int, recipe: Recipe) -> float:
@@ -714,12 +758,12 @@ def encode(
     rank, world = rank_and_world()
     mine, was_training = chosen[rank::world], backbone.training
     backbone.eval()
-    if images.pixels is None:
-        batches = read(Decoded(images, CentreCrop(size)), workers, device, batch_size=128, sampler=mine.tolist())
-    else:
+    if isinstance(images.pixels, Tensor):
         batches = (images.pixels[i] for i in mine.to(images.pixels.device).split(128))
         if images.pixels.shape[2:] != (size, size):
             batches = map(CentreCrop(size), batches)
+    else:
+        batches = read(Decoded(images, CentreCrop(size)), workers, device, batch_size=128, sampler=mine.tolist())
     features = []
     for x in batches:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -841,6 +885,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Recipe]:
     add("--seed", type=int, default=0, help="of the weights, the order and the augmentation")
     add("--fresh", action="store_true", help="start over; an earlier run is kept under another name")
     add("--max-steps", type=int, help="stop after this many steps of the schedule")
+    add("--benchmark", type=int, metavar="N", help="time N steps, their parts and the input, and write nothing")
     add(
         "--workers",
         type=int,
@@ -878,7 +923,9 @@ def check(recipe: Recipe, args: argparse.Namespace):
     """Whatever can be known to be wrong before any work is done."""
     world, views = rank_and_world()[1], len(recipe.view_sizes)
     least = {"epochs": 1, "hidden": 1, "out": 2, "batch_size": 2, "warmup_epochs": 0, "base_lr": 0, "log_every": 1}
-    for name, value in (least | {"save_every": 1, "knn_images": 0, "workers": 0, "max_steps": 1}).items():
+    for name, value in (
+        least | {"save_every": 1, "knn_images": 0, "workers": 0, "max_steps": 1, "benchmark": 1}
+    ).items():
         given = getattr(recipe, name, getattr(args, name, None))
         if given is not None and given < value:
             fail(f"--{name.replace('_', '-')} must be at least {value}, got {given}")
@@ -937,6 +984,7 @@ def check(recipe: Recipe, args: argparse.Namespace):
         )
     if recipe.arch.startswith("vit") and len(set(recipe.view_sizes)) > 1:
         fail("--arch vit_* takes views of one size: its position embedding has one length")
+    build_criterion(recipe)
 
 
 def resume_point(folder: Path, config: dict, fresh: bool) -> dict | None:
@@ -988,22 +1036,77 @@ def claim(folder: Path, config: dict, fresh: bool):
 # One step, and the run
 
 
-def step_loss(model, teacher, criterion, views: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The loss of one batch and the embedding (b, out) of its last view. A teacher, if any, embeds view 0, alone."""
-    with torch.autocast(views[0].device.type, dtype, enabled=dtype != torch.float32):
-        if teacher is None:
-            z = model(views)
-        else:
-            with torch.no_grad():
-                anchor = teacher(views[:1])[0]
-            z = model(views[1:])
-    return criterion(z) if teacher is None else criterion(z, anchor), z[-1].detach()
-
-
 def move_teacher(teacher: nn.Module, student: nn.Module, momentum: float):
     """Parameters alone; the teacher's BN statistics are those of its own batches."""
     with torch.no_grad():
         torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
+
+
+class Trainer:
+    """All that a step changes, and the step itself."""
+
+    def __init__(
+        self, recipe: Recipe, network: nn.Module, steps: int, seed: int, device: torch.device, dtype: torch.dtype,
+        compile: bool = False,
+    ):  # fmt: skip
+        self.recipe, self.steps, self.seed, self.device, self.dtype = recipe, steps, seed, device, dtype
+        network = network.to(device, memory_format=torch.channels_last)
+        teacher = copy.deepcopy(network).requires_grad_(False) if recipe.ema is not None else None
+        if (
+            rank_and_world()[1] > 1 and device.type == "cuda"
+        ):  # SyncBatchNorm is for GPUs; a CPU normalises its own share
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+            teacher = nn.SyncBatchNorm.convert_sync_batchnorm(teacher) if teacher else None
+        if compile:
+            network.backbone.compile()
+        self.network, self.teacher, self.criterion = network, teacher, build_criterion(recipe)
+        self.optimizer = build_optimizer(network, recipe)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        ids = [torch.cuda.current_device()] if device.type == "cuda" else None
+        wrapped = nn.parallel.DistributedDataParallel
+        self.model = wrapped(network, device_ids=ids) if rank_and_world()[1] > 1 else network
+
+    def embed(self, views: list[Tensor]) -> list[list[Tensor]]:
+        """The criterion's arguments: the views' embeddings (b, out); with a teacher, which embeds view 0 alone, its own last."""
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            if self.teacher is None:
+                return [self.model(views)]
+            with torch.no_grad():
+                anchor = self.teacher(views[:1])[0]
+            return [self.model(views[1:]), anchor]
+
+    def step(self, views: list[Tensor], step: int) -> tuple[Tensor, Tensor]:
+        """The loss, and the embedding (b, out) of the last view."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(step, self.steps, self.recipe)
+        if self.teacher:
+            move_teacher(self.teacher, self.network, teacher_momentum(step, self.steps, self.recipe))
+        torch.manual_seed(rng(self.seed, "loss", step).initial_seed())  # CW-RGP draws permutations
+        z = self.embed(views)
+        loss = self.criterion(*z)
+        if self.recipe.orthogonality:
+            penalty = orthogonality_penalty(self.network.backbone, self.recipe.orthogonality)
+            loss = loss + orthogonality_weight(self.recipe) * penalty
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        return loss.detach(), z[0][-1].detach()
+
+    def state_dict(self) -> dict:
+        state = {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return state | {
+            "scaler": self.scaler.state_dict(),
+            "teacher": self.teacher.state_dict() if self.teacher else None,
+        }
+
+    def load_state_dict(self, state: dict):
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        if self.teacher:
+            self.teacher.load_state_dict(state["teacher"])
 
 
 def any_process(flag: bool, device: torch.device) -> bool:
@@ -1014,11 +1117,128 @@ def any_process(flag: bool, device: torch.device) -> bool:
     return bool(flags)
 
 
+def benchmark(trainer: Trainer, images: Images, workers: int, count: int):
+    """Time `count` whole steps, and the parts of a step in turn with them, on real batches."""
+    recipe, device = trainer.recipe, trainer.device
+    views = training_views(images, recipe, trainer.seed, 0, workers, device)
+    waited, done, batch = 0.0, 0, None
+
+    def whole():
+        nonlocal waited, done, batch
+        begin = time.perf_counter()
+        batch = next(views)
+        waited += time.perf_counter() - begin
+        trainer.step(batch, done)
+        done += 1
+
+    def bare():
+        z = trainer.embed(batch)[0]
+        torch.autograd.backward(z, [torch.ones_like(e) for e in z])
+        trainer.optimizer.zero_grad()
+
+    def loss():
+        z, *anchor = embedding
+        trainer.criterion([e.detach().requires_grad_() for e in z], *anchor).backward()
+
+    def timed(part, repeats: int) -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(repeats):
+            part()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - begin) / repeats
+
+    parts = {"whole step": whole, "backbone and projector": bare, "loss": loss}
+    if images.pixels is not None:
+        parts["input"] = lambda: next(views)
+    trainer.network.train()
+    for _ in range(3):
+        whole()
+    embedding = trainer.embed(batch)
+    for part in parts.values():
+        part()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    # Workers would read ahead while a part is timed alone: with them, all whole steps come first, in one block.
+    rounds, waited = 1 if images.pixels is None else min(5, count), 0.0
+    seconds = {name: [] for name in parts}
+    for _ in range(rounds):
+        for name, part in parts.items():
+            seconds[name].append(timed(part, math.ceil(count / rounds)))
+    median = {name: sorted(values)[len(values) // 2] for name, values in seconds.items()}
+    step = median["whole step"]
+    median.setdefault("input", waited / (rounds * math.ceil(count / rounds)))
+    median["update and rest"] = step - median["backbone and projector"] - median["loss"] - median["input"]
+    say(f"{'':24}    ms a step   share")
+    for name, value in median.items():
+        say(f"{name:24} {1000 * value:12.1f} {100 * value / step:6.1f} %")
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
+    if device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated() / 2**30
+    say(f"{recipe.batch_size / step:.0f} images/s; an epoch of {trainer.steps} steps {step * trainer.steps:.1f} s, "
+        f"{recipe.epochs} epochs {step * trainer.steps * recipe.epochs / 3600:.2f} h; "
+        f"peak memory {memory:.2f} GiB")  # fmt: skip
+    views.close()
+    if images.paths and rank_and_world()[0] == 0:
+        benchmark_input(images.paths, recipe, device)
+
+
+def benchmark_input(paths: list[Path], recipe: Recipe, device: torch.device):
+    """One core's images per second, all views: the published augmentation in PIL, and what a worker does here."""
+    from PIL import Image, ImageFilter
+    from torchvision import transforms as v1
+
+    def blurred(image):
+        return image.filter(ImageFilter.GaussianBlur(0.1 + 1.9 * torch.rand(()).item()))
+
+    pipelines = [
+        v1.Compose([
+            v1.RandomResizedCrop(
+                size, (of_view(recipe.min_scale, v), of_view(recipe.max_scale, v)), interpolation=v1.InterpolationMode.BICUBIC
+            ),
+            v1.RandomApply([v1.ColorJitter(*recipe.jitter)], recipe.jitter_prob),
+            v1.RandomGrayscale(recipe.gray),
+            v1.RandomApply([blurred], of_view(recipe.blur, v)),
+            v1.RandomSolarize(recipe.solarize_threshold, of_view(recipe.solarize, v)),
+            v1.RandomHorizontalFlip(),
+            v1.ToTensor(),
+            v1.Normalize(*MEAN_STD[recipe.dataset]),
+        ])
+        for v, size in enumerate(recipe.view_sizes)
+    ]  # fmt: skip
+    crops, chosen = RandomCrops(recipe, 0), torch.randperm(len(paths), generator=rng(0, "input")).tolist()[:128]
+
+    def pil(i: int):
+        with open(paths[i], "rb") as file:
+            image = Image.open(file).convert("RGB")
+        return [pipeline(image) for pipeline in pipelines]
+
+    def worker(i: int):
+        return crops(decode(paths[i]), (0, i))
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    seconds = {pil: 0.0, worker: 0.0}
+    for start in range(0, len(chosen), 8):  # alternately, so that both meet the same machine
+        for pipeline in seconds:
+            begin = time.perf_counter()
+            for i in chosen[start : start + 8]:
+                pipeline(i)
+            seconds[pipeline] += time.perf_counter() - begin
+    torch.set_num_threads(threads)
+    rate = {pipeline: len(chosen) / value for pipeline, value in seconds.items()}
+    say(f"input of {len(recipe.view_sizes)} views on one core: the published augmentation in PIL {rate[pil]:.0f} images/s; "
+        f"here a worker decodes and crops {rate[worker]:.0f} images/s, {rate[worker] / rate[pil]:.1f} times as many, "
+        f"and the rest of the augmentation is batched on the {device.type}")  # fmt: skip
+
+
+@leave_together
 def main(argv: list[str] | None = None):
     args, recipe = parse(argv)
     rank, world = rank_and_world()
     check(recipe, args)
-    criterion = build_criterion(recipe)
     folder = Path(args.output or f"runs/{args.recipe}")
     fresh = args.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"  # torchrun's own restarts resume
     if fresh:
@@ -1036,35 +1256,23 @@ def main(argv: list[str] | None = None):
     names = "".join(str(path).removeprefix(root).lstrip("/") for path in train.paths or [])  # relpath: 4 s a million
     config["data"] = hashlib.blake2b(names.encode(errors="replace"), digest_size=8).hexdigest()
     config = json.loads(json.dumps(config))  # as it will be read again
-    saved = resume_point(folder, config, fresh)
+    saved = None if args.benchmark else resume_point(folder, config, fresh)
     if dist.is_initialized():
         dist.barrier()  # all have looked at the folder before the first process writes to it
 
     torch.manual_seed(args.seed)
-    network = Network(recipe).to(device, memory_format=torch.channels_last)
-    teacher = copy.deepcopy(network).requires_grad_(False) if recipe.ema is not None else None
-    if world > 1 and device.type == "cuda":  # SyncBatchNorm is for GPUs; on CPUs a process normalises its own share
-        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-        teacher = nn.SyncBatchNorm.convert_sync_batchnorm(teacher) if teacher else None
-    backbone = network.backbone
-    optimizer = build_optimizer(network, recipe)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    trainer = Trainer(recipe, Network(recipe), steps, args.seed, device, dtype, args.compile)
+    if args.benchmark:
+        say(f"{recipe.arch}, {device}, {str(dtype).removeprefix('torch.')}: {reason}")
+        return benchmark(trainer, train, args.workers, args.benchmark)
+    network, backbone, criterion = trainer.network, trainer.network.backbone, trainer.criterion
     step, history = 0, {"random_knn": None, "trained_knn": None, "ranks": []}
     if saved:
         step, history = saved["step"], saved["history"]
         try:
-            network.load_state_dict(saved["network"])
-            optimizer.load_state_dict(saved["optimizer"])
-            if saved["scaler"]:
-                scaler.load_state_dict(saved["scaler"])
-            if teacher:
-                teacher.load_state_dict(saved["teacher"])
+            trainer.load_state_dict(saved)
         except (KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
             fail(f"{folder}/checkpoint.pt does not fit this run: {' '.join(str(error).split())[:200]}")
-    if args.compile:
-        backbone.compile()
-    ids = [torch.cuda.current_device()] if device.type == "cuda" else None
-    model = nn.parallel.DistributedDataParallel(network, device_ids=ids) if world > 1 else network
 
     log = None
     if rank == 0:
@@ -1123,10 +1331,8 @@ def main(argv: list[str] | None = None):
 
     def save():
         if rank == 0:
-            state = {"config": config, "step": step, "history": history, "scaler": scaler.state_dict()}
-            state |= {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
-            state |= {"teacher": teacher.state_dict() if teacher else None}
             try:
+                state = {"config": config, "step": step, "history": history} | trainer.state_dict()
                 save_atomically(state, folder / "checkpoint.pt")
                 save_atomically(
                     {k: v.cpu().contiguous() for k, v in backbone.state_dict().items()}, folder / "backbone.pt"
@@ -1156,37 +1362,26 @@ def main(argv: list[str] | None = None):
     views = training_views(train, recipe, args.seed, step, args.workers, device)
     started, training, waited, first = time.time(), 0.0, 0.0, step
     pause = started  # when training last went on after an evaluation
-    model.train()
+    network.train()
     while step < last:
         begin = time.time()
         batch = next(views)
         waited += time.time() - begin
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, recipe)
-        if teacher:
-            move_teacher(teacher, network, teacher_momentum(step, steps, recipe))
-        torch.manual_seed(rng(args.seed, "loss", step).initial_seed())  # CW-RGP draws permutations
         try:
-            loss, embedding = step_loss(model, teacher, criterion, batch, dtype)
+            loss, embedding = trainer.step(batch, step)
         except torch.linalg.LinAlgError:
             fail(f"the embedding is not finite at step {step}. {advice}")
-        if recipe.orthogonality:
-            loss = loss + orthogonality_weight(recipe) * orthogonality_penalty(backbone, recipe.orthogonality)
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
         step += 1
 
         epoch_ends, logs = step % steps == 0 or step == last, step % args.log_every == 0
         stop = (world == 1 or logs or epoch_ends) and any_process(bool(told_to_stop), device)
         if logs or epoch_ends or stop:
-            numbers = {k: float(v) for k, v in {"loss": loss.detach(), **criterion.parts}.items()}
+            numbers = {k: float(v) for k, v in {"loss": loss, **criterion.parts}.items()}
             if not math.isfinite(numbers["loss"]):
                 fail(f"the loss is not finite at step {step}: {numbers}. {advice}")
             training += time.time() - pause  # measured where the line above has waited for the device
             pause = time.time()
-            numbers |= {"step": step, "epoch": step / steps, "lr": optimizer.param_groups[0]["lr"]}
+            numbers |= {"step": step, "epoch": step / steps, "lr": trainer.optimizer.param_groups[0]["lr"]}
             numbers["images_per_second"] = (step - first) * recipe.batch_size / training
             numbers["waiting"] = waited / training
             if log:
