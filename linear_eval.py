@@ -1,157 +1,606 @@
-"""Evaluate a frozen backbone that train.py has pretrained.
+"""Evaluate a pretrained backbone: this project's, the official INTL release's, or another publisher's.
 
     python linear_eval.py                                                      # the default run, runs/shapes
-    python linear_eval.py --checkpoint runs/cifar10/checkpoint.pt --data data/cifar10
-    python linear_eval.py --checkpoint runs/cifar10/checkpoint.pt --data data/cifar10 --protocol knn
+    python linear_eval.py --checkpoint runs/cifar10/checkpoint.pt --data data/cifar10 --protocol features knn
+    torchrun --nproc_per_node 8 linear_eval.py --checkpoint resnet50.pth --data /data/imagenet --protocol linear
+    torchrun --nproc_per_node 8 linear_eval.py --checkpoint resnet50.pth --data /data/imagenet --protocol finetune --percent 1
+    python linear_eval.py --random --arch resnet18 --stem cifar --dataset cifar10 --data data/cifar10 --protocol knn
 
-Protocols (INTL paper, appendix): `features`, the CIFAR protocol: the features of all images once, without augmentation, then a
-linear classifier on them (Adam, 500 epochs, batch 1000, learning rate 1e-2 to 1e-6 exponentially, weight decay 5e-6);
-`knn`, 5 nearest neighbours by Euclidean distance on the same features, which `features` reports too.
-Every result is appended to results.jsonl beside the checkpoint.
+Protocols (INTL paper, appendix):
+
+    features   CIFAR: the features of all images once, without augmentation, then a linear classifier (Adam, batch 1000)
+    knn        on the same features: 5 nearest by Euclidean distance; 10 and 20 by cosine, weighted, temperature 0.07
+    linear     ImageNet: a linear classifier on the frozen backbone, random crops and flips (SGD, batch 256)
+    finetune   backbone and classifier, on all labels, 1 % or 10 % of them, or those that a file names
+
+`features` and `linear` train several classifiers with several learning rates in the one pass; the protocol's own is named.
+Results are appended to results.jsonl beside the checkpoint. `linear` and `finetune` resume when they are started again.
 """
 
 import argparse
+import hashlib
 import json
+import os
+import re
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torchvision
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, normalize
 
 from train import (
+    MEAN_STD,
+    Images,
+    Interrupts,
+    Recipe,
+    any_process,
     build_backbone,
     choose_device,
+    choose_precision,
     encode,
+    epoch_order,
     fail,
+    gather_shares,
     knn_accuracy,
+    leave_together,
     load_checkpoint,
     load_data,
+    nearest,
     rank_and_world,
     rng,
+    save_atomically,
     say,
+    still_batches,
+    training_views,
 )
 
+# The published settings. `rates`: of the classifiers; the first is the protocol's own (0.4 after multi-crop with a
+# teacher), the others spare a search.
+PROTOCOLS = {
+    "features": {"epochs": 500, "rates": [0.01, 0.001, 0.1]},
+    "knn": {"epochs": 0, "rates": []},
+    "linear": {"epochs": 100, "rates": [0.2, 0.02, 0.1, 0.4, 1.0, 5.0, 30.0]},
+    "finetune": {"epochs": 20, "rates": [0.2]},
+}
 
-def load_backbone(path: Path, device: torch.device, random: bool = False) -> tuple[nn.Module, dict]:
-    """The frozen backbone of a checkpoint.pt of train.py, or the same network with random weights, and its run's
-    configuration."""
+# ------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+# Who publishes what: the entry of the file that holds the weights, and what their names begin with.
+LAYOUTS = {
+    ("network", "backbone."): "train.py",
+    ("state_dict", "module.backbone."): "official INTL",
+    ("state_dict", "module.encoder_q."): "MoCo v1, v2",
+    ("state_dict", "module.base_encoder."): "MoCo v3",
+    ("teacher", "module.backbone."): "DINO",
+    ("teacher", "backbone."): "DINO",
+    ("model", "module.backbone."): "Barlow Twins, VICReg",
+    ("state_dict", "module."): "SwAV",
+    ("", "module."): "SwAV",
+    ("state_dict", "backbone."): "solo-learn",
+    ("", ""): "torchvision's names (Barlow Twins, VICReg, DINO, backbone.pt)",
+}
+
+
+@dataclass
+class Checkpoint:
+    state: dict[str, Tensor]  # torchvision's names, without the classifier
+    arch: str
+    stem: str
+    size: int  # pixels of the images that it was trained on
+    config: dict  # of train.py's own files; empty for others
+
+
+def read_checkpoint(
+    path: Path, arch: str | None = None, stem: str | None = None, size: int | None = None
+) -> Checkpoint:
+    """The backbone in a file, recognised by its keys. `arch`, `stem`, `size`: what is known better than the file says."""
     if not path.is_file():
         fail(f"--checkpoint {path}: no such file")
     saved = load_checkpoint(path)
-    if not isinstance(saved, dict) or not {"config", "network"} <= saved.keys():
-        fail(f"{path} is no checkpoint.pt of train.py")
-    config = saved["config"]
-    missing = {"arch", "stem", "view_sizes", "zero_init_residual", "dataset", "seed", "recipe"} - set(config or {})
-    if missing:
-        fail(f"{path} lacks {', '.join(sorted(missing))} in its configuration: it is no checkpoint.pt of train.py")
-    backbone, _ = build_backbone(config["arch"], config["stem"], config["view_sizes"][0], config["zero_init_residual"])
-    if random:
-        say(f"{config['arch']} with random weights, as {path} describes it")
+    if not isinstance(saved, dict):
+        fail(f"{path} holds no weights, but a {type(saved).__name__}")
+    entries = {name: saved.get(name) for name, _ in LAYOUTS} | {"": saved}
+    entries = {name: e for name, e in entries.items() if isinstance(e, dict)}
+    found = [
+        (name, match[1])
+        for name, weights in entries.items()
+        for key in map(str, weights)
+        if (match := re.fullmatch(r"(.*?)(conv1|conv_proj)\.weight", key)) and not re.search(r"layer\d", match[1])
+    ]
+    known = [layout for layout in LAYOUTS if layout in found]
+    if not known and len(found) != 1:
+        keys = ", ".join(list(map(str, saved))[:5])
+        fail(
+            f"{path} has no backbone with torchvision's names (conv1.weight or conv_proj.weight, after a prefix), but {keys}"
+        )
+    entry, prefix = known[0] if known else found[0]
+    weights = {
+        k.removeprefix(prefix): v for k, v in entries[entry].items() if k.startswith(prefix) and isinstance(v, Tensor)
+    }
+    config = saved["config"] if entry == "network" and isinstance(saved.get("config"), dict) else {}
+    arch = arch or config.get("arch") or recognise(path, weights)
+    seen_stem, seen_size = measure(weights)
+    stem, size = stem or config.get("stem") or seen_stem, size or (config.get("view_sizes") or [seen_size])[0]
+    with torch.device("meta"):
+        expected = build_backbone(arch, stem, size)[0].state_dict()
+    wrong = [k for k in expected if k not in weights and not k.endswith("num_batches_tracked")]
+    wrong += [k for k in weights if re.match(r"layer\d|encoder\.", k) and k not in expected]
+    if wrong:
+        there = "lacks" if wrong[0] in expected else "has"
+        fail(f"{path} is no {arch}: it {there} {wrong[0]}, one of {len(wrong)} such names")
+    for k in expected:
+        if k in weights and weights[k].shape != expected[k].shape:
+            fail(f"{path} is no {arch} with stem {stem} for {size} pixels: {k} is {tuple(weights[k].shape)}, "
+                 f"not {tuple(expected[k].shape)}")  # fmt: skip
+    state = {k: weights[k] if k in weights else torch.zeros(v.shape, dtype=v.dtype) for k, v in expected.items()}
+    dropped = sorted({k.split(".")[0] for k in weights if k not in expected})
+    others = len(entries[entry]) - len(weights)
+    say(f"{path}: {arch}, stem {stem}, as {LAYOUTS.get((entry, prefix), 'an unknown publisher')} names it "
+        f"({entry or 'the file'}: {prefix}*); {len(weights.keys() & expected.keys())} tensors used, dropped "
+        f"{', '.join(dropped) or 'none'} and {others} with other prefixes, missing none")  # fmt: skip
+    return Checkpoint(state, arch, stem, size, config)
+
+
+def measure(weights: dict[str, Tensor]) -> tuple[str, int]:
+    """Stem and image size, as far as shapes tell: a 3x3 stem is taken for CIFAR's, whose stride is 1."""
+    if "conv_proj.weight" in weights:
+        patch = weights["conv_proj.weight"].shape[-1]
+        positions = weights["encoder.pos_embedding"].shape[1] if "encoder.pos_embedding" in weights else 197
+        return {16: "imagenet", 8: "small"}.get(patch, "cifar"), round((positions - 1) ** 0.5) * patch
+    return ("imagenet", 224) if weights["conv1.weight"].shape[-1] == 7 else ("cifar", 32)
+
+
+def recognise(path: Path, weights: dict[str, Tensor]) -> str:
+    """The architecture whose blocks have these names and shapes."""
+    if "conv_proj.weight" in weights:
+        archs, part = ["vit_tiny", "vit_small", "vit_b_16"], "encoder.layers"
     else:
-        state = {k.removeprefix("backbone."): v for k, v in saved["network"].items() if k.startswith("backbone.")}
-        try:
-            backbone.load_state_dict(state)
-        except RuntimeError as error:
-            fail(f"{path} does not fit {config['arch']}: {' '.join(str(error).split())[:300]}")
-        dropped = len(saved["network"]) - len(state)
-        say(f"{path}: {config['arch']}, {len(state)} tensors of the backbone used, {dropped} of the projector dropped")
-    return backbone.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), config
+        archs, part = torchvision.models.list_models(torchvision.models, include=["resn*", "wide_resnet*"]), "layer"
+    blocks = {k: v.shape for k, v in weights.items() if k.startswith(part) and v.ndim > 0}
+    for arch in archs:
+        with torch.device("meta"):
+            expected = build_backbone(arch, *measure(weights))[0].state_dict()
+        if blocks == {k: v.shape for k, v in expected.items() if k.startswith(part) and v.ndim > 0}:
+            return arch
+    fail(f"{path}: its {len(blocks)} tensors named {part}* fit none of {', '.join(archs)}")
 
 
-def topk_correct(logits: Tensor, labels: Tensor, k: int) -> int:
-    return int((logits.topk(min(k, logits.shape[1])).indices == labels[:, None]).sum())
+# ------------------------------------------------------------------------------------------------------------------
+# Linear classifiers
+
+
+def accuracies(correct: Tensor, total: int) -> list[tuple[float, float]]:
+    return [(100 * top1 / total, 100 * top5 / total) for top1, top5 in correct.tolist()]
+
+
+def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
+    """Of every classifier's logits (H, b, classes) the number of images (H, 2) with the label first, and among five."""
+    logits = logits.nan_to_num(nan=-torch.inf)  # of a classifier that has diverged
+    guesses = logits.topk(min(5, logits.shape[-1])).indices == labels[:, None]  # (H, b, 5)
+    return torch.stack([guesses[..., 0].sum(1), guesses.any(-1).sum(1)], dim=1)
 
 
 def linear_on_features(
-    x: Tensor, y: Tensor, x_val: Tensor, y_val: Tensor, classes: int, seed: int, epochs: int
-) -> tuple[float, float]:
-    """Top-1 and top-5 in percent on the validation features (n, width) of a linear classifier trained by the CIFAR protocol."""
+    x: Tensor, y: Tensor, x_val: Tensor, y_val: Tensor, classes: int, rates: list[float], epochs: int, seed: int
+) -> list[tuple[float, float]]:
+    """The CIFAR protocol: for each learning rate top-1 and top-5 in percent on validation features (n, width) of a linear
+    classifier; Adam, batch 1000, weight decay 5e-6, the rate falls exponentially to 1e-4 of itself."""
     generator = rng(seed, "linear")
-    head = nn.Linear(x.shape[1], classes).to(x.device)
+    heads = [nn.Linear(x.shape[1], classes).to(x.device) for _ in rates]
     with torch.no_grad():
-        for parameter in head.parameters():  # torch's own initialisation, from a generator of its own
+        for parameter in (p for head in heads for p in head.parameters()):
             parameter.copy_((torch.rand(parameter.shape, generator=generator) * 2 - 1) / x.shape[1] ** 0.5)
-    optimizer = torch.optim.Adam(head.parameters(), lr=1e-2, weight_decay=5e-6)
-    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=(1e-6 / 1e-2) ** (1 / epochs))
+    groups = [{"params": head.parameters(), "lr": rate} for head, rate in zip(heads, rates)]
+    optimizer = torch.optim.Adam(groups, weight_decay=5e-6)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=1e-4 ** (1 / epochs))
     for _ in range(epochs):
         for rows in torch.randperm(len(x), generator=generator).to(x.device).split(1000):
+            batch, labels = x[rows].float(), y[rows]
             optimizer.zero_grad()
-            cross_entropy(head(x[rows]), y[rows]).backward()
+            sum(cross_entropy(head(batch), labels) for head in heads).backward()
             optimizer.step()
         schedule.step()
     with torch.no_grad():
-        logits = head(x_val)
-    return tuple(100 * topk_correct(logits, y_val, k) / len(y_val) for k in (1, 5))
+        return accuracies(count_correct(torch.stack([head(x_val.float()) for head in heads]), y_val), len(y_val))
+
+
+class Classifier(nn.Module):
+    """A backbone, frozen or not, and linear classifiers on it, which all begin with the same weights."""
+
+    def __init__(
+        self, backbone: nn.Module, width: int, classes: int, heads: int, frozen: bool, dtype: torch.dtype, seed: int
+    ):
+        super().__init__()
+        self.backbone, self.frozen, self.dtype = backbone.requires_grad_(not frozen), frozen, dtype
+        weight = 0.01 * torch.randn(classes, width, generator=rng(seed, "heads"))
+        self.heads = nn.ModuleList(nn.Linear(width, classes) for _ in range(heads))
+        for head in self.heads:
+            head.weight.data.copy_(weight)
+            nn.init.zeros_(head.bias)
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        self.backbone.train(mode and not self.frozen)  # frozen: BN's statistics too
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:  # (b, 3, s, s) -> (H, b, classes)
+        autocast = torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen), autocast:
+            features = self.backbone(x)
+        return torch.stack([head(features.float()) for head in self.heads])
+
+
+@torch.no_grad()
+def validate(model: Classifier, val: Images, dataset: str, size: int, device: torch.device, workers: int):
+    """Top-1 and top-5 in percent of every classifier; each process counts its share, so that every image counts once."""
+    rank, world = rank_and_world()
+    mine = torch.arange(len(val))[rank::world]
+    correct, training = torch.zeros(len(model.heads), 2, dtype=torch.long, device=device), model.training
+    model.eval()
+    batches = still_batches(val, mine, dataset, size, device, workers) if len(mine) else []
+    for x, rows in zip(batches, mine.split(128)):
+        correct += count_correct(model(x), val.labels[rows].to(device))
+    model.train(training)
+    total = torch.tensor(len(mine), device=device)
+    if world > 1:
+        dist.all_reduce(correct)
+        dist.all_reduce(total)
+    assert total == len(val), f"{total} validation images were counted, of {len(val)}"
+    return accuracies(correct, len(val))
+
+
+def labelled_subset(images: Images, percent: int, labels_file: str | None, seed: int) -> Images:
+    """The images that a file names, a line each, or `percent` of every class, at least one."""
+    if labels_file:
+        try:
+            lines = Path(labels_file).read_text().split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            fail(f"--labels-file {labels_file} cannot be read: {error}")
+        if not images.paths:
+            fail("--labels-file needs --data with a folder per class: torchvision's CIFAR has no file names")
+        by_name = {}
+        for i, path in enumerate(images.paths):  # as name.jpg, or class/name.jpg where names repeat
+            for name in (path.name, f"{path.parent.name}/{path.name}"):
+                by_name.setdefault(name, []).append(i)
+        wanted = [line.strip() for line in lines if line.strip()]
+        unknown = [name for name in wanted if name not in by_name]
+        if unknown:
+            fail(f"--labels-file {labels_file}: {unknown[0]!r}, one of {len(unknown)} such names, is no training image")
+        double = [name for name in wanted if len(by_name[name]) > 1]
+        if double:
+            fail(
+                f"--labels-file {labels_file}: {len(by_name[double[0]])} images are called {double[0]!r}; write class/name"
+            )
+        if not wanted:
+            fail(f"--labels-file {labels_file} is empty")
+        rows = torch.tensor(sorted({by_name[name][0] for name in wanted}))
+    elif percent < 100:
+        rows, generator = [], rng(seed, "labels", percent)
+        for c in range(len(images.classes)):
+            members = (images.labels == c).nonzero()[:, 0]
+            keep = max(1, round(len(members) * percent / 100))
+            rows.append(members[torch.randperm(len(members), generator=generator)[:keep]])
+        rows = torch.cat(rows).sort().values
+    else:
+        return images
+    pixels = images.pixels
+    pixels = (
+        pixels[rows.to(pixels.device)] if isinstance(pixels, Tensor) else pixels and [pixels[i] for i in rows.tolist()]
+    )
+    return Images(
+        pixels, images.paths and [images.paths[i] for i in rows.tolist()], images.labels[rows], images.classes
+    )
+
+
+def rate_factor(protocol: str, step: int, steps: int, epochs: int) -> float:
+    """linear: divided by 10 at 60 % and 80 % of the epochs; finetune: a cosine, step by step."""
+    if protocol == "linear":
+        epoch = step // steps
+        return 0.1 ** ((epoch >= 0.6 * epochs) + (epoch >= 0.8 * epochs))
+    return (1 + torch.tensor(torch.pi * step / (steps * epochs)).cos().item()) / 2
+
+
+def train_classifier(
+    protocol: str, args: argparse.Namespace, settings: dict, backbone: nn.Module, width: int, train: Images, val: Images,
+    size: int, dataset: str, device: torch.device, dtype: torch.dtype, resume: Path,
+) -> list[tuple[float, float]]:  # fmt: skip
+    """`linear` and `finetune`: for each learning rate top-1 and top-5 in percent after the last epoch."""
+    world, rates, epochs, batch = rank_and_world()[1], settings["rates"], settings["epochs"], args.batch_size
+    if len(train) < batch:
+        fail(f"{len(train)} labelled images are fewer than one batch of {batch}: lower --batch-size")
+    if batch % world or batch // world < 2:
+        fail(f"--batch-size {batch} is not divisible among {world} processes, with two images at least for each")
+    frozen, steps = protocol == "linear", len(train) // batch
+    recipe = Recipe(
+        dataset=dataset, batch_size=batch, view_sizes=(size,), interpolation="bilinear", jitter_prob=0.0, gray=0.0,
+        solarize=(0.0,),
+    )  # fmt: skip
+    model = Classifier(backbone, width, len(train.classes), len(rates), frozen, dtype, args.seed).to(device)
+    if world > 1 and device.type == "cuda" and not frozen:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    groups = [{"params": list(head.parameters()), "rate": r * batch / 256} for head, r in zip(model.heads, rates)]
+    if not frozen:
+        groups.append({"params": list(model.backbone.parameters()), "rate": args.encoder_lr * batch / 256})
+    optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=args.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16 and not frozen)
+
+    step, top = 0, None
+    if resume.exists() and not args.fresh:
+        saved = load_checkpoint(resume)
+        if saved.get("settings") != settings:
+            names = [k for k in settings if settings[k] != saved.get("settings", {}).get(k)]
+            fail(f"{resume} is of an evaluation with other settings ({', '.join(names)}): give --fresh to start over")
+        step = saved["step"]
+        model.load_state_dict(saved["model"], strict=False)
+        optimizer.load_state_dict(saved["optimizer"])
+        scaler.load_state_dict(saved["scaler"]) if scaler.is_enabled() else None
+        say(f"{protocol}: resuming at step {step} of {steps * epochs}")
+    ids = [torch.cuda.current_device()] if device.type == "cuda" else None
+    wrapped = model
+    if world > 1:
+        wrapped = nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=not frozen)
+
+    def save():
+        if rank_and_world()[0] == 0:
+            kept = {k: v for k, v in model.state_dict().items() if not frozen or k.startswith("heads.")}
+            state = {"settings": settings, "step": step, "model": kept, "optimizer": optimizer.state_dict()}
+            try:
+                save_atomically(state | {"scaler": scaler.state_dict()}, resume)
+            except (OSError, RuntimeError) as error:
+                fail(f"{resume} cannot be written: {error}", alone=True)
+
+    interrupts, began, first, shown = Interrupts(), time.time(), step, time.time()
+    say(f"{protocol}: {len(train)} images, {epochs} epochs of {steps} steps, global batch {batch}, learning rates "
+        f"{', '.join(f'{r:g}' for r in rates)}{'' if frozen else f', encoder {args.encoder_lr:g}'} x {batch}/256")  # fmt: skip
+    views = training_views(train, recipe, args.seed, step, args.workers, device)
+    every = max(1, epochs // 10)
+    model.train()
+    while step < steps * epochs:
+        epoch, position = divmod(step, steps)
+        if position == 0 or step == first:
+            share = slice(rank_and_world()[0] * batch // world, (rank_and_world()[0] + 1) * batch // world)
+            labels = train.labels[epoch_order(len(train), args.seed, epoch, batch)[:, share]].to(device)  # (steps, b)
+        for group in optimizer.param_groups:
+            group["lr"] = group["rate"] * rate_factor(protocol, step, steps, epochs)
+        logits = wrapped(next(views)[0])  # (H, b, classes)
+        losses = torch.stack([cross_entropy(l, labels[position]) for l in logits])
+        optimizer.zero_grad()
+        scaler.scale(losses.sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        step += 1
+        ends = step % steps == 0
+        stop = (world == 1 or ends or step % 10 == 0) and any_process(interrupts.received, device)
+        if ends or time.time() - shown > 30:
+            shown, eta = time.time(), (steps * epochs - step) * (time.time() - began) / (step - first)
+            values = losses.detach().tolist()
+            say(f"{protocol}: epoch {step / steps:.2f}/{epochs}  loss {values[0]:.3f} at rate {rates[0]:g}, least "
+                f"{min(values):.3f} at {rates[values.index(min(values))]:g}  ETA {eta / 60:.1f} min")  # fmt: skip
+        if ends and (step // steps % every == 0 or step == steps * epochs):
+            top = validate(model, val, dataset, size, device, args.workers)
+            say(
+                f"{protocol}: epoch {step // steps}/{epochs}  top-1 {top[0][0]:.2f} %, best {max(t for t, _ in top):.2f} %"
+            )
+        if ends or stop:
+            save()
+        if stop and step < steps * epochs:
+            say(f"told to stop: saved at step {step} of {steps * epochs}; the same command goes on from there")
+            raise SystemExit(0)
+    views.close()
+    interrupts.restore()
+    return top or validate(model, val, dataset, size, device, args.workers)
+
+
+# ------------------------------------------------------------------------------------------------------------------
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--checkpoint", default="runs/shapes/checkpoint.pt", help="checkpoint.pt of train.py (default: runs/shapes)"
+    add = parser.add_argument
+    add("--checkpoint", help="file with the backbone (default: runs/shapes/checkpoint.pt)")
+    add("--data", help="folder with train/ and val/, or torchvision's CIFAR; not for shapes")
+    add(
+        "--protocol",
+        nargs="+",
+        default=["features", "knn"],
+        choices=PROTOCOLS,
+        help="one or several (default: features knn)",
     )
-    parser.add_argument("--data", help="folder with train/ and val/, or torchvision's CIFAR; not for shapes")
-    parser.add_argument("--protocol", default="features", choices=["features", "knn"])
-    parser.add_argument("--epochs", type=int, default=500, help="of the linear classifier")
-    parser.add_argument(
-        "--random", action="store_true", help="evaluate the same network with random weights, for comparison"
+    add("--dataset", choices=MEAN_STD, help="what --data holds (default: as pretrained, else folder)")
+    add("--arch", help="the backbone, where the file does not tell")
+    add("--stem", choices=["imagenet", "cifar", "small"], help="its first layers, where the file does not tell")
+    add("--size", type=int, help="pixels of the images (default: as pretrained)")
+    add("--random", action="store_true", help="random weights instead of the checkpoint's, for comparison")
+    add(
+        "--lr",
+        type=float,
+        nargs="+",
+        help="learning rates of the classifiers (default: the protocol's own, and others)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the classifier, and of --random")
-    parser.add_argument("--workers", type=int, default=2, help="processes that decode images, for each process")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    add("--epochs", type=int, help="of the classifiers (default: the protocol's own)")
+    add("--batch-size", type=int, default=256, help="linear, finetune: GLOBAL batch; rates are per 256 images")
+    add("--weight-decay", type=float, default=0.0, help="linear, finetune")
+    add(
+        "--encoder-lr",
+        type=float,
+        default=0.004,
+        help="finetune: learning rate of the backbone; 0.006 was published too",
+    )
+    add("--percent", type=int, default=100, choices=[1, 10, 100], help="finetune: share of the labels, of every class")
+    add("--labels-file", help="finetune: names of the labelled images, a line each (SimCLR's published lists)")
+    add("--seed", type=int, default=0, help="of the classifiers, of the labels drawn, and of --random")
+    add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that decode, for each process")
+    add("--cache-mb", type=int, default=1024, help="keep images in memory up to this many MiB")
+    add("--precision", default="float32", choices=["auto", "bfloat16", "float16", "float32"], help="of the backbone")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    add("--output", help="folder of results.jsonl (default: the checkpoint's, or runs/random)")
+    add("--fresh", action="store_true", help="linear, finetune: start over instead of resuming")
     return parser.parse_args(argv)
 
 
+def check(args: argparse.Namespace):
+    for name, least in {"epochs": 1, "batch_size": 2, "workers": 0, "size": 8, "seed": 0, "cache_mb": 0}.items():
+        value = getattr(args, name)
+        if value is not None and value < least:
+            fail(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    if args.seed >= 2**63:
+        fail("--seed must be below 2^63")
+    for name in ("lr", "encoder_lr", "weight_decay"):
+        for value in getattr(args, name) if isinstance(getattr(args, name), list) else [getattr(args, name)]:
+            if value is not None and not 0 <= value < float("inf"):
+                fail(f"--{name.replace('_', '-')} must be finite and not negative, got {value}")
+    if "finetune" in args.protocol and args.lr and len(args.lr) > 1:
+        fail("--protocol finetune trains one classifier: give one --lr")
+    if args.labels_file and args.percent < 100:
+        fail("--labels-file and --percent both choose the labels: give one of them")
+    if args.random and not (args.checkpoint or args.arch):
+        fail("--random needs --arch, or a --checkpoint whose architecture it takes")
+
+
+def knn(
+    share: Tensor, queries: Tensor, labels: Tensor, expected: Tensor, device: torch.device
+) -> list[tuple[str, float]]:
+    """Top-1 of the three votes. The bank lies spread over the processes, share = bank[rank::world]; its neighbours are merged."""
+    rank, world = rank_and_world()
+
+    def neighbours(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        distances, indices = nearest(bank, queries, k, device)
+        found = [(distances, indices * world + rank)]
+        if world > 1:
+            dist.all_gather_object(found := [None] * world, (distances, indices * world + rank))
+        indices, order = torch.cat([i for _, i in found], 1).sort(1)  # of equally near ones the first, as in `nearest`
+        distances, again = torch.cat([d for d, _ in found], 1).gather(1, order).sort(dim=1, stable=True)
+        return distances[:, :k], indices.gather(1, again)[:, :k]
+
+    distances, indices = neighbours(share, queries, 5)
+    rows = [("5 nearest, Euclidean", knn_accuracy(distances, labels[indices], expected))]
+    unit = normalize(share.float()).to(share.dtype)
+    distances, indices = neighbours(unit, normalize(queries.float()), 20)
+    for k in (10, 20):
+        top1 = knn_accuracy(distances[:, :k], labels[indices[:, :k]], expected, temperature=0.07)
+        rows.append((f"{k} nearest, cosine, weighted", top1))
+    return rows
+
+
+@leave_together
 def main(argv: list[str] | None = None):
     args = parse(argv)
-    if args.epochs < 1:
-        fail("--epochs must be at least 1")
-    if args.workers < 0 or not 0 <= args.seed < 2**63:
-        fail("--workers and --seed must not be negative, and the seed below 2^63")
+    check(args)
     device = choose_device(args.device)
-    path = Path(args.checkpoint)
+    dtype, _ = choose_precision(args.precision, device)
+    rank, world = rank_and_world()
+    if args.random and not args.checkpoint:
+        path, checkpoint = (
+            Path("runs/random", args.arch),
+            Checkpoint({}, args.arch, args.stem or "imagenet", args.size or 224, {}),
+        )
+    else:
+        path = Path(args.checkpoint or "runs/shapes/checkpoint.pt")
+        checkpoint = read_checkpoint(path, args.arch, args.stem, args.size)
+    config, size = checkpoint.config, checkpoint.size
     torch.manual_seed(args.seed)  # of --random
-    backbone, config = load_backbone(path, device, args.random)
-    frozen = {name: value.clone() for name, value in backbone.state_dict().items()}
-    train, val = load_data(config["dataset"], args.data, config["seed"], device)
+    backbone, width = build_backbone(checkpoint.arch, checkpoint.stem, size)
+    if args.random:
+        say(f"{checkpoint.arch} with RANDOM weights, as --random asks")
+    else:
+        backbone.load_state_dict(checkpoint.state)
+    backbone = backbone.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    dataset = args.dataset or config.get("dataset") or "folder"
+    train, val = load_data(dataset, args.data, config.get("seed", 0), device, args.cache_mb)
     if val is None or not (train.classes and val.classes):
         fail(f"--data {args.data} has no labelled train/ and val/: an evaluation needs both, with a folder per class")
-    started, size = time.time(), config["view_sizes"][0]
-    x, x_val = (
-        encode(backbone, split, config["dataset"], size, torch.arange(len(split)), device, workers=args.workers)
-        for split in (train, val)
-    )
-    if not (x.isfinite().all() and x_val.isfinite().all()):
-        fail(f"the features of {path} are not finite: its training has diverged")
-    assert all(torch.equal(value, frozen[name]) for name, value in backbone.state_dict().items()), (
-        "the frozen backbone changed"
-    )
-    say(
-        f"features of {len(x)} training and {len(x_val)} validation images, {x.shape[1]} wide, in {time.time() - started:.0f} s"
-    )
+    folder = Path(args.output or path.parent)
+    if rank == 0:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            open(folder / "results.jsonl", "a").close()
+        except OSError as error:
+            fail(f"results.jsonl cannot be written in {folder}: {error}", alone=True)
+    frozen = {name: value.clone() for name, value in backbone.state_dict().items()}
+    weights = hashlib.blake2b(digest_size=8)
+    for value in frozen.values():
+        weights.update(value.cpu().contiguous().numpy().tobytes())
 
+    # finetune, which changes the backbone, comes last
+    protocols, began = [name for name in PROTOCOLS if name in args.protocol], time.time()
+    if {"features", "knn"} & set(protocols):
+        x, x_val = (
+            encode(backbone, images, dataset, size, torch.arange(len(images)), device, dtype, args.workers)
+            for images in (train, val)
+        )
+        if any_process(not (x.isfinite().all() and x_val.isfinite().all()), device):
+            fail(f"the features of {path} are not finite: its training has diverged")
+        x_val = gather_shares(x_val)
+        say(
+            f"features of {len(train)} training and {len(val)} validation images, {width} wide, in {time.time() - began:.0f} s"
+        )
+
+    table = []  # protocol, classifier, top-1, top-5
+    for protocol in protocols:
+        began, labelled = time.time(), train
+        rates, epochs = args.lr or PROTOCOLS[protocol]["rates"], args.epochs or PROTOCOLS[protocol]["epochs"]
+        if protocol == "linear" and config.get("ema") is not None and not args.lr:
+            rates = [0.4, *(r for r in rates if r != 0.4)]
+        settings = {"protocol": protocol, "checkpoint": str(path), "weights": "random" if args.random else "pretrained"}
+        settings |= {"data": args.data, "size": size, "seed": args.seed}
+        settings |= {} if protocol == "knn" else {"epochs": epochs, "rates": rates}
+        if protocol == "knn":
+            rows = [(name, top1, None) for name, top1 in knn(x, x_val, train.labels, val.labels, device)]
+        elif protocol == "features":
+            whole = gather_shares(x)
+            if rank == 0:  # the others wait at the next protocol
+                tensors = [t.to(device) for t in (whole, train.labels, x_val, val.labels)]
+                top = linear_on_features(*tensors, len(train.classes), rates, epochs, args.seed)
+                rows = [(f"learning rate {r:g}", *t) for r, t in zip(rates, top)]
+        else:
+            name = f"{path.stem}{'.random' * args.random}.{protocol}"
+            if protocol == "finetune":
+                labelled = labelled_subset(train, args.percent, args.labels_file, args.seed)
+                name += f".{Path(args.labels_file).stem}" if args.labels_file else f".{args.percent}"
+                settings |= {"encoder_lr": args.encoder_lr}
+            settings |= {"batch_size": args.batch_size, "weight_decay": args.weight_decay, "labelled": len(labelled)}
+            settings |= {"digest": weights.hexdigest()}
+            top = train_classifier(
+                protocol,
+                args,
+                settings,
+                backbone,
+                width,
+                labelled,
+                val,
+                size,
+                dataset,
+                device,
+                dtype,
+                folder / f"{name}.pt",
+            )
+            rows = [(f"learning rate {r:g}", *t) for r, t in zip(rates, top)]
+        if protocol != "finetune":
+            now = backbone.state_dict()
+            assert all(torch.equal(value, now[name]) for name, value in frozen.items()), "the frozen backbone changed"
+        if rank == 0:
+            table += [(protocol, *row) for row in rows]
+            result = settings | {"results": [dict(zip(("classifier", "top1", "top5"), row)) for row in rows]}
+            result |= {"top1": rows[0][1], "training_images": len(labelled), "validation_images": len(val)}
+            result |= {"processes": world, "seconds": round(time.time() - began, 1)}
+            try:
+                with open(folder / "results.jsonl", "a") as file:
+                    file.write(json.dumps(result) + "\n")
+            except OSError as error:
+                fail(f"results.jsonl cannot be written in {folder}: {error}", alone=True)
+    say(f"\n{path}{' with RANDOM weights' if args.random else ''}, {len(val)} validation images")
+    say(f"{'protocol':10} {'classifier':30} {'top-1':>7} {'top-5':>7}")
+    for i, (protocol, classifier, top1, top5) in enumerate(table):
+        own = "  the protocol's own" if i == 0 or table[i - 1][0] != protocol else ""
+        say(f"{protocol:10} {classifier:30} {top1:7.2f} {'' if top5 is None else f'{top5:.2f}':>7}{own}")
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
-    if rank_and_world()[0] > 0:  # what follows is the first process's work alone
-        return
-
-    result = {"checkpoint": str(path), "weights": "random" if args.random else "pretrained", "protocol": args.protocol}
-    result |= {"data": args.data, "recipe": config["recipe"], "seed": args.seed}
-    result |= {"training_images": len(x), "validation_images": len(x_val)}
-    result["knn_top1"] = knn_accuracy(x, train.labels, x_val, val.labels, k=5)
-    say(f"{'5-NN top-1':>14}  {result['knn_top1']:.2f} %")
-    if args.protocol == "features":
-        tensors = [t.to(device) for t in (x, train.labels, x_val, val.labels)]
-        result["top1"], result["top5"] = linear_on_features(*tensors, len(train.classes), args.seed, args.epochs)
-        say(f"{'linear top-1':>14}  {result['top1']:.2f} %\n{'linear top-5':>14}  {result['top5']:.2f} %")
-    result["seconds"] = round(time.time() - started, 1)
-    try:
-        with open(path.with_name("results.jsonl"), "a") as file:
-            file.write(json.dumps(result) + "\n")
-    except OSError as error:
-        fail(f"the result could not be appended to {path.with_name('results.jsonl')}: {error}")
 
 
 if __name__ == "__main__":

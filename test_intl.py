@@ -4,6 +4,7 @@ Numbers are compared with independent sources: eigendecompositions in float64, t
 once with the official release, torchvision's per-image functions, one process instead of several.
 """
 
+import argparse
 import json
 import math
 import os
@@ -899,15 +900,44 @@ def test_alarm_announces_collapse():
     assert "least value" in train.alarm([], 0.05, 0.04)
 
 
-def test_knn_votes_like_a_brute_force_search():
+def brute_force(bank, queries, k):
+    """Indices of the k nearest, of equally near ones the first, by float64 differences."""
+    bank, rows = bank.double(), []
+    for q in queries.double():
+        rows.append((q - bank).square().sum(1).sort(stable=True).indices[:k])
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("chunk", [7, 500, 4096])
+@pytest.mark.parametrize("kind", ["normal", "many ties", "far away"])
+def test_nearest_neighbours_are_exact_in_chunks_of_any_size(kind, chunk):
+    """Ties too: rows that occur a hundred times, and distances that are whole numbers."""
+    bank, queries = randn(2000, 512, dtype=torch.float32), randn(50, 512, seed=1, dtype=torch.float32)
+    if kind == "many ties":
+        bank, queries = bank[torch.arange(2000) % 20].sign(), queries.sign()
+    if kind == "far away":  # float32 products cannot tell these apart
+        bank, queries = 100 + bank / 100, 100 + queries / 100
+    distances, indices = train.nearest(bank, queries, 5, torch.device("cpu"), chunk)
+    expected = brute_force(bank, queries, 5)
+    assert torch.equal(indices, expected)
+    exact = (bank[expected].double() - queries[:, None].double()).square().sum(-1)
+    torch.testing.assert_close(distances, exact, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("temperature", [None, 0.07])
+def test_knn_votes_like_a_brute_force_search(temperature):
     bank, queries = randn(200, 6, dtype=torch.float32), randn(50, 6, seed=1, dtype=torch.float32)
-    labels, expected = torch.arange(200) % 4, torch.arange(50) % 4
-    right = 0
-    for q, y in zip(queries.double(), expected):
-        nearest = sorted(range(200), key=lambda i: (q - bank[i].double()).square().sum().item())[:5]
-        votes = [sum(labels[i].item() == c for i in nearest) for c in range(4)]
+    if temperature:
+        bank, queries = F.normalize(bank), F.normalize(queries)
+    labels, expected, right = torch.arange(200) % 4, torch.arange(50) % 4, 0
+    for q, near, y in zip(queries, brute_force(bank, queries, 5), expected):
+        votes = [0.0] * 4
+        for i in near.tolist():
+            cosine = (q.double() @ bank[i].double()).item()
+            votes[labels[i]] += math.exp(cosine / temperature) if temperature else 1
         right += votes.index(max(votes)) == y
-    assert train.knn_accuracy(bank, labels, queries, expected) == 100 * right / 50
+    distances, indices = train.nearest(bank, queries, 5, torch.device("cpu"))
+    assert train.knn_accuracy(distances, labels[indices], expected, temperature) == 100 * right / 50
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -988,35 +1018,12 @@ def test_a_killed_run_ends_bitwise_like_an_undisturbed_one(finished, photos, tmp
     assert again.returncode == 0 and "step 12 of 12" in again.stdout
 
 
-@pytest.mark.parametrize("kind", ["same", "mixed"])
-def test_two_processes_train_and_evaluate(kind, photos, tmp_path):
-    run = run_script(
-        "train.py", *TINY, "--data", photos / kind, "--output", tmp_path / "two", "--epochs", "2", processes=2
-    )
+@pytest.mark.parametrize("kind, cache", [("same", "9"), ("mixed", "0")])
+def test_two_processes_train_and_evaluate(kind, cache, photos, tmp_path):
+    flags = ["--data", photos / kind, "--cache-mb", cache, "--output", tmp_path / "two", "--epochs", "2"]
+    run = run_script("train.py", *TINY, *flags, processes=2)
     assert run.returncode == 0, run.stderr
     assert "on 2 process(es)" in run.stdout and "after 2 epochs" in run.stdout
-    options = ["--checkpoint", tmp_path / "two" / "checkpoint.pt", "--data", photos / kind, "--epochs", "5"]
-    for processes in (0, 2):
-        run = run_script("linear_eval.py", *options, processes=processes)
-        assert run.returncode == 0, run.stderr
-    one, two = [json.loads(line) for line in (tmp_path / "two" / "results.jsonl").read_text().splitlines()]
-    assert one["validation_images"] == two["validation_images"] == 15 and one["training_images"] == 48
-    assert one["top1"] == two["top1"] and one["knn_top1"] == two["knn_top1"] and one["top5"] == 100
-
-
-def test_knn_protocol_and_random_weights(finished, photos, tmp_path):
-    """The results file grows by a line each; the checkpoint is not touched."""
-    folder = finished[0]
-    before = (folder / "checkpoint.pt").read_bytes()
-    options = ["--checkpoint", folder / "checkpoint.pt", "--data", photos / "same", "--protocol", "knn"]
-    for extra in ([], ["--random"]):
-        run = run_script("linear_eval.py", *options, *extra)
-        assert run.returncode == 0 and "5-NN top-1" in run.stdout, run.stderr
-    rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
-    assert [row["weights"] for row in rows] == ["pretrained", "random"] and "top1" not in rows[0]
-    assert (folder / "checkpoint.pt").read_bytes() == before
-    last = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines() if "knn_top1" in line]
-    assert rows[0]["knn_top1"] == pytest.approx(last[-1]["knn_top1"], abs=15)  # bfloat16 there, float32 here
 
 
 @pytest.mark.parametrize("flags", ["--loss iternorm", "--loss whiten --orthogonality so", "--loss power:0.45 --axis batch",
@@ -1263,7 +1270,7 @@ def test_bad_commands_fail_with_one_clear_line(photos, finished, tmp_path, capsy
         ([*TINY, "--data", str(odd)], "different classes, 'cat' among them"),
         (
             [*TINY, "--data", str(broken), "--batch-size", "20", "--output", "o1"],
-            "3.png is no image that can be read: repair or delete it, or --skip-unreadable",
+            "3.png is no image that can be read: repair or delete it (train.py --skip-unreadable goes on without it)",
         ),
         ([*good, "--batch-size", "64"], "48 training images are fewer than one batch of 64"),
         ([*good, "--batch-size", "1"], "--batch-size must be at least 2"),
@@ -1293,6 +1300,11 @@ def test_bad_commands_fail_with_one_clear_line(photos, finished, tmp_path, capsy
     ]
     if torch.cuda.is_available():
         cases = [case for case in cases if "cuda" not in case[0]]
+    checkpoint = ["--checkpoint", str(finished[0] / "checkpoint.pt")]
+    evaluation = [*checkpoint, "--data", str(photos / "same"), "--output", str(tmp_path / "eval"), "--protocol"]
+    torch.save({"a": "word"}, tmp_path / "words.pt")
+    (tmp_path / "list").write_text("class 1/3.png\nn01.JPEG\n")
+    (tmp_path / "double").write_text("3.png\n")
     files = {p: p.read_bytes() for folder in (tmp_path, finished[0]) for p in folder.rglob("*") if p.is_file()}
     for arguments, message in cases:
         with pytest.raises(SystemExit) as stopped:
@@ -1308,9 +1320,21 @@ def test_bad_commands_fail_with_one_clear_line(photos, finished, tmp_path, capsy
     for arguments, message in [
         (["--checkpoint", "nowhere.pt"], "no such file"),
         (["--checkpoint", str(runs["cut"] / "checkpoint.pt")], "checkpoint"),
-        (["--checkpoint", str(finished[0] / "backbone.pt")], "no checkpoint.pt of train.py"),
-        (["--checkpoint", str(finished[0] / "checkpoint.pt")], "needs --data"),
-        (["--checkpoint", str(finished[0] / "checkpoint.pt"), "--data", str(broken)], "no labelled train/ and val/"),
+        (["--checkpoint", str(runs["evil"] / "checkpoint.pt")], "could run code"),
+        (["--checkpoint", str(tmp_path / "words.pt")], "no backbone with torchvision's names"),
+        ([*checkpoint, "--arch", "resnet50"], "is no resnet50: it lacks layer1.0.conv3.weight"),
+        ([*checkpoint, "--arch", "resnet18", "--stem", "imagenet"], "conv1.weight is (64, 3, 3, 3), not (64, 3, 7, 7)"),
+        (checkpoint, "needs --data"),
+        ([*checkpoint, "--data", str(photos / "renamed")], "no labelled train/ and val/"),
+        ([*checkpoint, "--data", str(odd)], "different classes, 'cat' among them"),
+        (["--random"], "--random needs --arch"),
+        ([*evaluation, "linear", "--batch-size", "49"], "48 labelled images are fewer than one batch of 49"),
+        ([*evaluation, "finetune", "--lr", "1", "2"], "give one --lr"),
+        ([*evaluation, "linear", "--lr", "nan"], "--lr must be finite"),
+        ([*evaluation, "finetune", "--labels-file", "nosuch"], "--labels-file nosuch cannot be read"),
+        ([*evaluation, "finetune", "--labels-file", str(tmp_path / "list")], "'n01.JPEG', one of 1 such names"),
+        ([*evaluation, "finetune", "--labels-file", str(tmp_path / "list"), "--percent", "1"], "give one of them"),
+        ([*evaluation, "finetune", "--labels-file", str(tmp_path / "double")], "3 images are called '3.png'"),
     ]:
         with pytest.raises(SystemExit) as stopped:
             linear_eval.main(arguments)
@@ -1396,6 +1420,207 @@ def test_readme_commands_parse():
         else:
             assert words[0] in ("git", "cd", "python3", ".", "pip", "pytest", "mkdir", "tensorboard"), command
     assert seen == {"intl.py", "train.py", "linear_eval.py"}
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Evaluation of anybody's backbone
+
+
+def published(state):
+    """The same backbone as the publishers lay it out, with what has to be dropped."""
+
+    def prefixed(prefix, *others):
+        extra = {f"{prefix}fc.weight": torch.zeros(3, 512), f"{prefix}fc.bias": torch.zeros(3)}
+        return {prefix + k: v for k, v in state.items()} | extra | {name: torch.zeros(2) for name in others}
+
+    momentum = {
+        k.replace("module.encoder_q.", "module.encoder_k."): v * 0 for k, v in prefixed("module.encoder_q.").items()
+    }
+    moco3 = {k.replace("_q.", "_k."): v for k, v in momentum.items()}
+    return {
+        "official INTL": {"epoch": 3, "arch": "resnet18", "optimizer": {}, "state_dict": {
+            "module.backbone." + k: v for k, v in state.items()} | {"module.projector.0.weight": torch.zeros(2)}},
+        "MoCo v1, v2": {"epoch": 3, "state_dict": momentum | prefixed("module.encoder_q.", "module.queue", "module.queue_ptr")},
+        "MoCo v3": {"epoch": 3, "state_dict": moco3 | prefixed("module.base_encoder.", "module.predictor.0.weight")},
+        "Barlow Twins": state | {"fc.weight": torch.zeros(3, 512)},
+        "VICReg": {"model": prefixed("module.backbone.", "module.projector.0.weight")},
+        "DINO": {"student": {}, "teacher": prefixed("backbone.", "head.mlp.0.weight"), "args": argparse.Namespace(a=1)},
+        "DINO, wrapped": {"teacher": prefixed("module.backbone.", "module.head.mlp.0.weight")},
+        "SwAV": prefixed("module.", "module.projection_head.0.weight", "module.prototypes.weight"),
+        "solo-learn": {"state_dict": prefixed("backbone.", "projector.0.weight", "classifier.weight")},
+        "stranger": {"state_dict": prefixed("my.own.", "loss.weight")},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "vit_tiny"])
+def test_every_publishers_checkpoint_gives_the_features_of_the_bare_network(arch, tmp_path, capsys):
+    torch.manual_seed(0)
+    network = train.build_backbone(arch, "imagenet", 32)[0].eval()
+    x = randn(2, 3, 32, 32, dtype=torch.float32)
+    for p in network.state_dict().values():
+        p.add_(torch.rand_like(p) * 0.1 if p.is_floating_point() else 3)
+    for name, content in published(network.state_dict()).items():
+        torch.save(content, tmp_path / "c.pt")
+        checkpoint = linear_eval.read_checkpoint(tmp_path / "c.pt", size=32)
+        assert (checkpoint.arch, checkpoint.stem) == (arch, "imagenet"), name
+        backbone, _ = train.build_backbone(checkpoint.arch, checkpoint.stem, checkpoint.size)
+        backbone.load_state_dict(checkpoint.state)
+        assert torch.equal(backbone.eval()(x), network(x)), name
+        assert "missing none" in capsys.readouterr().out
+
+
+def test_the_official_stem_is_torchvisions():
+    """Zero padding of 1 and a convolution with padding 2 = padding 3."""
+    x, w = randn(1, 3, 20, 20), randn(4, 3, 7, 7)
+    torch.testing.assert_close(
+        F.conv2d(F.pad(x, (1,) * 4), w, stride=2, padding=2), F.conv2d(x, w, stride=2, padding=3)
+    )
+
+
+def test_every_architecture_is_recognised_by_its_shapes():
+    names = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "resnext50_32x4d"]
+    for arch in [*names, "vit_tiny", "vit_small", "vit_b_16"]:
+        for stem in ("imagenet", "cifar"):
+            with torch.device("meta"):
+                state = train.build_backbone(arch, stem, 32)[0].state_dict()
+            assert linear_eval.recognise(Path("x"), state) == arch
+            assert linear_eval.measure(state) == (stem, 224 if stem == "imagenet" and arch[0] != "v" else 32)
+
+
+def test_a_linear_head_is_as_good_as_logistic_regression():
+    """By L-BFGS in float64 with the same weight decay, on features whose classes overlap."""
+    centres, labels = randn(5, 20, seed=3), torch.arange(3000) % 5
+    x = (centres[labels] + 1.5 * randn(3000, 20)).float()
+    x, y, x_val, y_val = x[:2000], labels[:2000], x[2000:], labels[2000:]
+    weight = torch.zeros(5, 21, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight], max_iter=200, line_search_fn="strong_wolfe")
+
+    def logits(x):
+        return x.double() @ weight[:, :20].T + weight[:, 20]
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(logits(x), y) + 2.5e-6 * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    expected = 100 * (logits(x_val).argmax(1) == y_val).double().mean().item()
+    assert 60 < expected < 95
+    (own, top5), other = linear_eval.linear_on_features(x, y, x_val, y_val, 5, [0.01, 0.1], 500, 0)
+    assert abs(own - expected) <= 1 and abs(other[0] - expected) <= 1 and top5 == 100
+
+
+def evaluate(arguments, monkeypatch):
+    """linear_eval.main in this process; the backbone, and its weights before."""
+    networks, build = [], linear_eval.build_backbone
+
+    def spy(*arguments):
+        network, width = build(*arguments)
+        if not network.conv1.weight.is_meta:
+            networks.append(network)
+        return network, width
+
+    monkeypatch.setattr(linear_eval, "build_backbone", spy)
+    linear_eval.main(list(map(str, arguments)))
+    monkeypatch.setattr(linear_eval, "build_backbone", build)
+    return networks[-1].state_dict()
+
+
+def test_the_backbone_is_frozen_unless_it_is_fine_tuned(finished, photos, tmp_path, monkeypatch, capsys):
+    options = ["--checkpoint", finished[0] / "checkpoint.pt", "--data", photos / "same", "--output", tmp_path]
+    options += ["--epochs", "2", "--batch-size", "16", "--workers", "1"]
+    before = (finished[0] / "checkpoint.pt").read_bytes()
+    weights = backbone_of(finished[0])
+    after = evaluate([*options, "--protocol", "linear", "features", "knn"], monkeypatch)
+    assert all(torch.equal(weights[k], after[k]) for k in weights)
+    table = capsys.readouterr().out
+    assert all(f"{p:10} " in table for p in ("linear", "features", "knn")) and table.count("the protocol's own") == 3
+    tuned = evaluate([*options, "--protocol", "finetune", "--percent", "100"], monkeypatch)
+    moved = {k for k in weights if not torch.equal(weights[k], tuned[k])}
+    assert moved == set(weights)  # weights, BN's statistics and counters
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [row["protocol"] for row in rows] == ["features", "knn", "linear", "finetune"]
+    assert all(row["validation_images"] == 15 and row["weights"] == "pretrained" for row in rows)
+    assert (finished[0] / "checkpoint.pt").read_bytes() == before
+
+
+def test_linear_classifiers_do_not_influence_each_other_and_resume(finished, photos, tmp_path, monkeypatch, capsys):
+    """A classifier trained beside others, or stopped on its way, is bitwise the one trained alone."""
+    options = ["--checkpoint", finished[0] / "checkpoint.pt", "--data", photos / "same", "--protocol", "linear"]
+    options += ["--epochs", "3", "--batch-size", "16", "--output"]
+    evaluate([*options, tmp_path / "alone", "--lr", "1"], monkeypatch)
+    calls, any_process = [], linear_eval.any_process
+
+    def stop_in_the_second_epoch(flag, device):
+        calls.append(1)
+        return len(calls) == 4
+
+    monkeypatch.setattr(linear_eval, "any_process", stop_in_the_second_epoch)
+    with pytest.raises(SystemExit) as stopped:
+        evaluate([*options, tmp_path / "both", "--lr", "0.1", "1"], monkeypatch)
+    assert stopped.value.code == 0 and "saved at step 4 of 9" in capsys.readouterr().out
+    monkeypatch.setattr(linear_eval, "any_process", any_process)
+    evaluate([*options, tmp_path / "both", "--lr", "0.1", "1"], monkeypatch)
+    assert "resuming at step 4 of 9" in capsys.readouterr().out
+    alone, both = (load(tmp_path / name / "checkpoint.linear.pt")["model"] for name in ("alone", "both"))
+    assert torch.equal(alone["heads.0.weight"], both["heads.1.weight"]) and set(alone) == {
+        "heads.0.weight",
+        "heads.0.bias",
+    }
+    rows = [json.loads((tmp_path / name / "results.jsonl").read_text())["results"] for name in ("alone", "both")]
+    assert rows[0][0] == rows[1][1]
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def test_evaluation_schedules():
+    published = {0: 1, 59: 1, 60: 0.1, 79: 0.1, 80: 0.01, 99: 0.01}
+    for epoch, factor in published.items():
+        assert linear_eval.rate_factor("linear", 5 * epoch, 5, 100) == pytest.approx(factor)
+        assert linear_eval.rate_factor("linear", 5 * epoch + 4, 5, 100) == pytest.approx(factor)
+    for step, factor in {0: 1, 50: 0.5, 100: 0}.items():
+        assert linear_eval.rate_factor("finetune", step, 5, 20) == pytest.approx(factor, abs=1e-7)
+
+
+def test_labelled_images_are_of_every_class_or_those_of_the_list(photos, tmp_path):
+    images, _ = train.load_data("folder", str(photos / "same"), 0, torch.device("cpu"))
+    for percent, each in ((1, 1), (10, 2), (100, 16)):
+        some = linear_eval.labelled_subset(images, percent, None, 0)
+        assert some.labels.bincount().tolist() == [each] * 3
+        assert all(torch.equal(train.decode(p), x) for p, x in zip(some.paths, some.pixels))
+    again = linear_eval.labelled_subset(images, 10, None, 0)
+    assert again.paths == linear_eval.labelled_subset(images, 10, None, 0).paths
+    assert again.paths != linear_eval.labelled_subset(images, 10, None, 1).paths
+    (tmp_path / "list.txt").write_text("class 2/3.png\nclass 0/11.png\n\n")
+    some = linear_eval.labelled_subset(images, 100, tmp_path / "list.txt", 0)
+    assert [f"{p.parent.name}/{p.name}" for p in some.paths] == ["class 0/11.png", "class 2/3.png"]
+    assert some.labels.tolist() == [0, 2]
+
+
+def test_every_validation_image_counts_once_over_processes(tmp_path):
+    """1,001 images on 1, 2 and 3 processes: the same top-1 of every protocol."""
+    for split, n in (("train", 60), ("val", 1001)):
+        for i in range(n):
+            path = tmp_path / split / f"class {i % 3}" / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image = torch.randint(0, 100, (3, 8, 8), generator=torch.Generator().manual_seed(i)).to(torch.uint8)
+            image[i % 3] += 100 * (torch.rand(1, generator=torch.Generator().manual_seed(i)) < 0.8).byte()
+            torchvision.io.write_png(image, str(path))
+    options = ["--random", "--arch", "resnet18", "--stem", "cifar", "--size", "8", "--data", tmp_path, "--lr", "5"]
+    options += ["--protocol", "features", "knn", "linear", "--epochs", "6", "--batch-size", "12", "--output", tmp_path]
+    for processes in (0, 2, 3):
+        run = run_script("linear_eval.py", *options, "--fresh", processes=processes)
+        assert run.returncode == 0 and "RANDOM" in run.stdout, run.stderr
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [row["processes"] for row in rows] == [1] * 3 + [2] * 3 + [3] * 3
+    for protocol in ("features", "knn", "linear"):
+        results = [row["results"] for row in rows if row["protocol"] == protocol]
+        assert results[0] == results[1] == results[2] and rows[0]["validation_images"] == 1001
+        count = results[0][0]["top1"] * 1001 / 100
+        assert count == pytest.approx(round(count), abs=1e-9) and (count > 800 or protocol == "features")
 
 
 # ------------------------------------------------------------------------------------------------------------------

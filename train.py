@@ -252,7 +252,7 @@ def decode(path: Path) -> Tensor:
         return TF.to_dtype(image if image.dim() == 3 else image[0], torch.uint8, scale=True)
     except RuntimeError:
         raise UnreadableImage(
-            f"{path} is no image that can be read: repair or delete it, or --skip-unreadable"
+            f"{path} is no image that can be read: repair or delete it (train.py --skip-unreadable goes on without it)"
         ) from None
 
 
@@ -608,6 +608,22 @@ def training_views(images: Images, recipe: Recipe, seed: int, step: int, workers
 STOPPING = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT}
 
 
+class Interrupts:
+    """From now on SIGTERM, SIGUSR1 and Ctrl-C are noted in `received`, to be acted upon between two steps; a second Ctrl-C
+    ends the process at once."""
+
+    def __init__(self):
+        self.received, self.handlers = False, {name: signal.signal(name, self.note) for name in STOPPING}
+
+    def note(self, number, frame):
+        self.received = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def restore(self):
+        for name, handler in self.handlers.items():
+            signal.signal(name, handler)
+
+
 def outlive_signals(worker: int):
     """torchrun and Slurm send SIGTERM to workers too, but the run needs them until it has saved: they leave 20 s later."""
     for name in STOPPING:
@@ -750,43 +766,104 @@ def teacher_momentum(step: int, steps: int, recipe: Recipe) -> float:
 # Evaluation: features of a frozen backbone, and nearest neighbours among them
 
 
-@torch.no_grad()
-def encode(
-    backbone: nn.Module, images: Images, dataset: str, size: int, chosen: Tensor, device, dtype=torch.float32, workers=2
-) -> Tensor:
-    """Features (n, width) in float32 on the CPU of the `chosen` images (n,), computed by all processes in eval mode."""
-    rank, world = rank_and_world()
-    mine, was_training = chosen[rank::world], backbone.training
-    backbone.eval()
+def still_batches(images: Images, rows: Tensor, dataset: str, size: int, device: torch.device, workers: int):
+    """The images `rows` without augmentation, resized and cropped at the centre: (128, 3, size, size), normalised."""
     if isinstance(images.pixels, Tensor):
-        batches = (images.pixels[i] for i in mine.to(images.pixels.device).split(128))
+        batches = (images.pixels[i] for i in rows.to(images.pixels.device).split(128))
         if images.pixels.shape[2:] != (size, size):
             batches = map(CentreCrop(size), batches)
     else:
-        batches = read(Decoded(images, CentreCrop(size)), workers, device, batch_size=128, sampler=mine.tolist())
-    features = []
+        batches = read(Decoded(images, CentreCrop(size)), workers, device, batch_size=128, sampler=rows.tolist())
     for x in batches:
+        yield normalize(x.to(device).float() / 255, dataset)
+
+
+@torch.no_grad()
+def encode(
+    backbone: nn.Module,
+    images: Images,
+    dataset: str,
+    size: int,
+    chosen: Tensor,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    workers: int = 2,
+) -> Tensor:
+    """Features (n, width), on the CPU, of this process's share chosen[rank::world] of the images, in eval mode. More than
+    2 GiB of them in all are kept in half precision."""
+    rank, world = rank_and_world()
+    mine, was_training, features, done = chosen[rank::world], backbone.training, None, 0
+    backbone.eval()
+    for x in still_batches(images, mine, dataset, size, device, workers):
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            features.append(backbone(normalize(x.to(device).float() / 255, dataset)).float().cpu())
+            y = backbone(x).float().cpu()
+        if features is None:
+            large = 4 * len(chosen) * y.shape[1] > 2 * 2**30
+            features = torch.empty(len(mine), y.shape[1], dtype=torch.float16 if large else torch.float32)
+        features[done : done + len(y)] = y
+        done += len(y)
     backbone.train(was_training)
-    features = torch.cat(features) if features else torch.empty(0, 0)
+    return torch.empty(0, 0) if features is None else features
+
+
+def gather_shares(share: Tensor) -> Tensor:
+    """The rows that the processes hold as [rank::world], together again, on every process."""
+    world = rank_and_world()[1]
     if world == 1:
-        return features
+        return share
     shares = [None] * world
-    dist.all_gather_object(shares, features)
-    result = torch.empty(len(chosen), max(s.shape[1] for s in shares))
+    dist.all_gather_object(shares, share)
+    whole = torch.empty(sum(map(len, shares)), *shares[0].shape[1:], dtype=share.dtype)
     for r, s in enumerate(shares):
-        result[r::world] = s.view(-1, result.shape[1])
-    return result
+        whole[r::world] = s.view(-1, *whole.shape[1:])
+    return whole
 
 
-def knn_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, k: int = 5) -> float:
-    """Top-1 in percent of a vote of the k nearest by Euclidean distance (a tie goes to the smaller label)."""
-    bank, right = bank.double(), 0
-    for q, y in zip(queries.double().split(512), labels.split(512)):
-        nearest = torch.cdist(q, bank).topk(min(k, len(bank)), largest=False).indices  # (b, k)
-        votes = torch.nn.functional.one_hot(bank_labels[nearest], int(bank_labels.max()) + 1).sum(1)  # (b, classes)
-        right += int((votes.argmax(1) == y).sum())
+def nearest(
+    bank: Tensor, queries: Tensor, k: int, device: torch.device, chunk: int = 16384, spare: int = 16
+) -> tuple[Tensor, Tensor]:
+    """Squared Euclidean distances (q, k) and indices (q, k) of the k rows of bank (n, d) nearest to each query (q, d),
+    nearest first and of equally near ones the first: as in float64, whatever the chunks. Products in float32 propose
+    k + `spare` rows, float64 decides between them; where their rounding may have hidden a row, more are proposed."""
+    n, d = bank.shape
+    k, few = min(k, n), min(k + spare, n)
+    distances, indices = queries.new_empty(len(queries), k, dtype=torch.float64), torch.empty(len(queries), k).long()
+    rows = max(1, min(1024, 2**25 // (few * d)))  # memory: 2^25 numbers
+    for start in range(0, len(queries), rows):
+        q = queries[start : start + rows].to(device).float()  # (b, d)
+        near, which, longest = q.new_empty(len(q), 0), torch.empty(len(q), 0, dtype=torch.long, device=device), 0.0
+        for first in range(0, n, chunk):
+            x = bank[first : first + chunk].to(device).float()
+            square = x.square().sum(1)
+            found = torch.cat(
+                [near, torch.addmm(square, q, x.mT, alpha=-2)], dim=1
+            )  # distance^2 less that of the query
+            which = torch.cat([which, torch.arange(first, first + len(x), device=device).expand(len(q), -1)], dim=1)
+            near, order = found.topk(min(few, found.shape[1]), largest=False)
+            which, longest = which.gather(1, order), max(longest, square.max().item())
+        which = which.sort(1).values.cpu()
+        exact = (bank[which].double() - q.cpu().double()[:, None]).square().sum(-1)  # (b, few)
+        value, order = exact.sort(dim=1, stable=True)
+        distances[start : start + rows], indices[start : start + rows] = value[:, :k], which.gather(1, order)[:, :k]
+        # No row left out can be nearer than the last proposed one, less the rounding of both.
+        size = q.square().sum(1).double().cpu()  # (b,)
+        rounding = 8 * d**0.5 * 2**-24 * (size.sqrt() + longest**0.5) ** 2
+        hidden = near.max(1).values.double().cpu() + size - 2 * rounding <= value[:, k - 1]
+        if few < n and hidden.any():
+            again = start + hidden.nonzero()[:, 0]
+            distances[again], indices[again] = nearest(bank, queries[again], k, device, chunk, 16 * spare)
+    return distances, indices
+
+
+def knn_accuracy(distances: Tensor, votes: Tensor, labels: Tensor, temperature: float | None = None) -> float:
+    """Top-1 in percent of the vote of the nearest neighbours, whose labels are votes (q, k): each counts one, or, given a
+    temperature, exp(cosine / temperature), with the cosine of unit vectors at these squared distances. A tie goes to the
+    smaller label."""
+    right = 0
+    weights = torch.ones_like(distances) if temperature is None else ((1 - distances / 2) / temperature).exp()
+    for w, v, y in zip(weights.split(4096), votes.split(4096), labels.split(4096)):
+        score = w.new_zeros(len(w), int(max(votes.max(), labels.max())) + 1).scatter_add_(1, v, w)  # (b, classes)
+        right += int((score.argmax(1) == y).sum())
     return 100 * right / len(labels)
 
 
@@ -811,10 +888,14 @@ def save_atomically(data, path: Path):
 def load_checkpoint(path: Path) -> dict:
     """A file of tensors and primitives; anything else is refused, and nothing in it is executed."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(
+            [argparse.Namespace]
+        ):  # others keep their flags so; it holds values alone
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         fail(
-            f"{path} holds more than tensors and numbers, or is damaged; it is not unpickled, since that could run code"
+            f"{path} holds more than tensors and numbers, or is damaged; it is not unpickled, since that could run code. If you "
+            "trust it, save its tensors alone: torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW)"
         )
     except Exception as error:  # a damaged file raises nearly anything
         fail(f"{path} cannot be read as a checkpoint ({(str(error).splitlines() or [type(error).__name__])[0]})")
@@ -1305,14 +1386,15 @@ def main(argv: list[str] | None = None):
         if world > 1:  # without SyncBatchNorm every process has statistics of its own; the first one's are saved
             for buffer in backbone.buffers():
                 dist.broadcast(buffer, 0)
-        queries = encode(backbone, probe, recipe.dataset, size, queried, device, dtype, args.workers)
+        queries = gather_shares(encode(backbone, probe, recipe.dataset, size, queried, device, dtype, args.workers))
         if not queries.isfinite().all():
             fail(f"the backbone's features are not finite at step {step}. {advice}")
         numbers["feature_rank"] = effective_rank(queries).item()
         text = f"effective rank: features {numbers['feature_rank']:.1f} of {min(queries.shape)}"
         if val and len(voters) and train.classes:
-            bank = encode(backbone, train, recipe.dataset, size, voters, device, dtype, args.workers)
-            numbers["knn_top1"] = knn_accuracy(bank, train.labels[voters], queries, val.labels[queried])
+            bank = gather_shares(encode(backbone, train, recipe.dataset, size, voters, device, dtype, args.workers))
+            distances, indices = nearest(bank, queries, 5, device)
+            numbers["knn_top1"] = knn_accuracy(distances, train.labels[voters][indices], val.labels[queried])
             text = f"5-NN top-1 {numbers['knn_top1']:.1f} %  {text}"
         if embedding is not None:
             z = gather(embedding.float())  # (batch, out)
@@ -1343,13 +1425,7 @@ def main(argv: list[str] | None = None):
                     alone=True,
                 )
 
-    told_to_stop = []
-
-    def stop_soon(number, frame):
-        told_to_stop.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends the run at once
-
-    handlers = {name: signal.signal(name, stop_soon) for name in STOPPING}
+    interrupts = Interrupts()
     if dist.is_initialized():
         steps_of_all = [None] * world
         dist.all_gather_object(steps_of_all, step)
@@ -1374,7 +1450,7 @@ def main(argv: list[str] | None = None):
         step += 1
 
         epoch_ends, logs = step % steps == 0 or step == last, step % args.log_every == 0
-        stop = (world == 1 or logs or epoch_ends) and any_process(bool(told_to_stop), device)
+        stop = (world == 1 or logs or epoch_ends) and any_process(interrupts.received, device)
         if logs or epoch_ends or stop:
             numbers = {k: float(v) for k, v in {"loss": loss, **criterion.parts}.items()}
             if not math.isfinite(numbers["loss"]):
@@ -1401,8 +1477,7 @@ def main(argv: list[str] | None = None):
             say(f"told to stop: saved at step {step} of {total}; the same command goes on from there")
             break
     views.close()
-    for name, handler in handlers.items():
-        signal.signal(name, handler)
+    interrupts.restore()
     if log:
         log.board.close()
         lock.close()
