@@ -73,6 +73,7 @@ PROTOCOLS = {
 # Who publishes what: the entry of the file that holds the weights, and what their names begin with.
 LAYOUTS = {
     ("network", "backbone."): "train.py",
+    ("model", "backbone."): "linear_eval.py --protocol finetune",
     ("state_dict", "module.backbone."): "official INTL",
     ("state_dict", "module.encoder_q."): "MoCo v1, v2",
     ("state_dict", "module.base_encoder."): "MoCo v3",
