@@ -17,6 +17,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pycocotools.coco
+import pycocotools.cocoeval
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,6 +27,7 @@ from torch import nn
 from torch.autograd import gradcheck
 from torchvision.transforms.v2 import functional as TF
 
+import detect_transfer
 import intl
 import linear_eval
 import train
@@ -40,7 +43,10 @@ from intl import (
     whiten,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:The image .*coding capabilities:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The image .*coding capabilities:DeprecationWarning"),  # torchvision's
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # pycocotools'
+]
 HERE = Path(__file__).parent
 AXES = ("channel", "batch")
 
@@ -1621,6 +1627,331 @@ def test_every_validation_image_counts_once_over_processes(tmp_path):
         assert results[0] == results[1] == results[2] and rows[0]["validation_images"] == 1001
         count = results[0][0]["top1"] * 1001 / 100
         assert count == pytest.approx(round(count), abs=1e-9) and (count > 800 or protocol == "features")
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Detection
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory):
+    """6 training and 11 validation scenes in COCO's format."""
+    folder = tmp_path_factory.mktemp("scenes")
+    detect_transfer.write_shapes(folder, 0, {"train": 6, "val": 11})
+    return folder
+
+
+def coco(folder, split, masks=True, training=False):
+    return detect_transfer.CocoImages(
+        folder / split, folder / "annotations" / f"instances_{split}.json", masks, training
+    )
+
+
+SMALL = """--short-sides 64 --test-short-side 64 --long-side 128 --train-proposals 50 10 --test-proposals 50 5 --rois 8
+    --images 8 --detections 5 --batch-size 2 --warmup-images 2 --log-every 1 --workers 0 --precision float32""".split()
+
+
+def detector(finished, *flags):
+    """The detector of these flags on the tiny run's backbone, for 3 categories, and the checkpoint."""
+    _, recipe = detect_transfer.parse([*SMALL, *flags])
+    checkpoint = linear_eval.read_checkpoint(finished[0] / "checkpoint.pt")
+    torch.manual_seed(0)
+    return detect_transfer.build_detector(recipe, checkpoint, False, 4, torch.float32), checkpoint.state
+
+
+def example():
+    image = torch.rand(3, 70, 90, generator=torch.Generator().manual_seed(0))
+    masks = torch.zeros(2, 70, 90, dtype=torch.uint8)
+    masks[0, 10:40, 10:50] = masks[1, 30:60, 40:80] = 1
+    boxes = torch.tensor([[10.0, 10, 50, 40], [40, 30, 80, 60]])
+    return image, {"boxes": boxes, "labels": torch.tensor([1, 3]), "masks": masks}
+
+
+def backbone_part(model):
+    """Its tensors under torchvision's names."""
+    if hasattr(model.backbone.part, "body"):
+        return dict(model.backbone.part.body.state_dict())
+    res5 = model.roi_heads.box_head.part[0].state_dict()
+    return model.backbone.part.state_dict() | {f"layer4.{k}": v for k, v in res5.items()}
+
+
+@pytest.mark.parametrize("norm", ["bn", "frozen"])
+@pytest.mark.parametrize("model", ["c4", "fpn"])
+def test_the_detector_has_the_backbones_weights_and_moves_what_it_should(model, norm, finished):
+    flags = ["--model", model, "--norm", norm, "--trainable-layers", "3"]
+    network, state = detector(
+        finished, *flags, *(["--anchors", "8", "16", "32", "64", "128"] if model == "fpn" else [])
+    )
+    part = backbone_part(network)
+    assert set(part) == {k for k in state if norm == "bn" or "num_batches" not in k}
+    assert all(torch.equal(state[k], part[k]) for k in part)
+    image, target = example()
+    optimizer = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], lr=0.01)
+    sum(network.train()([image], [target])[k] for k in ("loss_classifier", "loss_mask")).backward()
+    optimizer.step()
+    for k, v in backbone_part(network).items():
+        if "running" in k:
+            assert torch.equal(v, state[k]) == (norm == "frozen"), k
+        elif "num_batches" not in k and not (norm == "frozen" and re.search(r"bn|downsample.1", k)):
+            assert torch.equal(v, state[k]) == k.startswith(("conv1", "bn1", "layer1")), k
+
+
+def test_c4_equals_an_independent_computation(finished):
+    """Boxes' and masks' logits from the checkpoint's tensors: trunk, RoIAlign, res5, BN, pooling, predictors."""
+    network, state = detector(finished)
+    network.eval()
+    seen = {}
+    for name in ("box_predictor", "mask_predictor", "box_roi_pool"):
+        part = getattr(network.roi_heads, name)
+        part.register_forward_hook(
+            lambda _, inputs, output, name=name: seen.setdefault(name, []).append((inputs, output))
+        )
+    x = randn(1, 3, 64, 96, dtype=torch.float32)
+    network([x[0]])
+    resnet = torchvision.models.resnet18()
+    resnet.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+    resnet.maxpool = nn.Identity()
+    resnet.load_state_dict(state, strict=False)
+    resnet.eval()
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    h = (x - mean[:, None, None]) / std[:, None, None]
+    for part in (resnet.conv1, resnet.bn1, resnet.relu, resnet.layer1, resnet.layer2, resnet.layer3):
+        h = part(h)
+    for (inputs, _), kind in zip(seen["box_roi_pool"], ("box_predictor", "mask_predictor")):
+        rois = torchvision.ops.roi_align(h, inputs[1], 14, 0.25, 0, aligned=True)  # this stem's stride is 4, not 16
+        shared = resnet.layer4(rois) / (1 + 1e-5) ** 0.5
+        if kind == "box_predictor":
+            predictor, pooled = network.roi_heads.box_predictor, shared.mean((2, 3))
+            for layer, got in zip((predictor.cls_score, predictor.bbox_pred), seen[kind][0][1]):
+                torch.testing.assert_close(got, pooled @ layer.weight.T + layer.bias, rtol=1e-5, atol=1e-5)
+        else:
+            predictor = network.roi_heads.mask_predictor
+            up = F.conv_transpose2d(shared, predictor.conv5_mask.weight, predictor.conv5_mask.bias, stride=2).relu()
+            expected = F.conv2d(up, predictor.mask_fcn_logits.weight, predictor.mask_fcn_logits.bias)
+            torch.testing.assert_close(seen[kind][0][1], expected, rtol=1e-5, atol=1e-5)
+            assert len(expected) > 0
+
+
+def test_c4_training_runs_res5_once_and_its_losses_are_torchvisions(finished):
+    """Against torchvision's own RoIHeads.forward, which computes the masks' features a second time."""
+    network, _ = detector(finished)
+    heads = network.roi_heads
+    heads.box_head.part[1] = nn.Identity()  # BN would see different regions in the two
+    heads.box_head.eval()
+    image, target = example()
+    features = network.backbone(image[None])
+    calls = []
+    heads.box_head.register_forward_hook(lambda *_: calls.append(1))
+    proposals = [torch.cat([target["boxes"] + 2, torch.tensor([[0.0, 0, 30, 30], [50, 5, 90, 30]])])]
+    torch.manual_seed(1)
+    _, mine = heads(features, proposals, [(70, 90)], [target])
+    assert len(calls) == 1
+    pooled = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    heads.box_predictor = nn.Sequential(pooled, heads.box_predictor)
+    heads.mask_roi_pool, heads.mask_head = heads.box_roi_pool, heads.box_head
+    torch.manual_seed(1)
+    _, theirs = torchvision.models.detection.roi_heads.RoIHeads.forward(
+        heads, features, proposals, [(70, 90)], [target]
+    )
+    assert mine.keys() == theirs.keys() == {"loss_classifier", "loss_box_reg", "loss_mask"}
+    for name, value in theirs.items():
+        torch.testing.assert_close(mine[name], value)
+
+
+def truth(data):
+    """The annotations of a data set as if a network had found them."""
+    results = []
+    for i in range(len(data)):
+        _, target = data[i]
+        found = {k: target[k] for k in ("boxes", "labels")} | {"scores": torch.ones(len(target["labels"]))}
+        results += detect_transfer.as_results(
+            found | {"masks": target["masks"][:, None].float()}, target["image_id"], data
+        )
+    return results
+
+
+def test_ground_truth_has_an_ap_of_100(scenes, tmp_path):
+    ap = detect_transfer.average_precision(data := coco(scenes, "val"), truth(data), tmp_path)
+    assert ap["bbox"][:3] == pytest.approx([100] * 3) and ap["segm"][:3] == pytest.approx([100] * 3)
+
+
+PENNFUDAN = HERE.parent / "shared" / "data" / "pennfudan"
+
+
+@pytest.mark.skipif(not PENNFUDAN.exists(), reason="Penn-Fudan is not beside the checkout")
+def test_ground_truth_of_photographs_has_an_ap_of_100(tmp_path):
+    for suffix in ("", "_poly"):
+        annotations = PENNFUDAN / "annotations" / f"instances_val{suffix}.json"
+        data = detect_transfer.CocoImages(PENNFUDAN / "images" / "val", annotations, True, False)
+        ap = detect_transfer.average_precision(data, truth(data), tmp_path)
+        assert ap["bbox"][0] == pytest.approx(100) and ap["segm"][0] == pytest.approx(100)
+
+
+def test_ap_is_pycocotools_on_the_written_results(scenes, tmp_path):
+    """Of displaced boxes and eroded masks with random scores."""
+    data, results = coco(scenes, "val"), []
+    for i, r in enumerate(truth(data)):
+        mask = torch.from_numpy(data.coco.annToMask(r)).bool()
+        mask[:, : mask.shape[1] // 2] &= i % 3 > 0
+        score = torch.rand((), generator=torch.Generator().manual_seed(i)).item()
+        results.append(r | detect_transfer.measured(mask) | {"score": score})
+    ap = detect_transfer.average_precision(data, results, tmp_path)
+    for kind in ("bbox", "segm"):
+        truths = pycocotools.coco.COCO(scenes / "annotations" / "instances_val.json")
+        evaluation = pycocotools.cocoeval.COCOeval(truths, truths.loadRes(str(tmp_path / f"results_{kind}.json")), kind)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+        assert ap[kind][:4] == pytest.approx(list(100 * evaluation.stats[:4])) and 5 < ap[kind][0] < 95
+    assert detect_transfer.average_precision(data, [], tmp_path) == {"bbox": [0.0] * 6, "segm": [0.0] * 6}
+
+
+def test_detections_do_not_depend_on_the_number_of_processes(finished, scenes, tmp_path):
+    """11 images on 1, 2 and 3 processes: the same results file and AP. The first trains, the others find nothing left to do."""
+    flags = [*SMALL, "--data", scenes, "--checkpoint", finished[0] / "checkpoint.pt", "--output", tmp_path / "run"]
+    flags += ["--batch-size", "6", "--images", "36", "--warmup-images", "1", "--base-lr", "0.02"]
+    lines, files = [], []
+    for processes in (0, 2, 3):
+        run = run_script("detect_transfer.py", *flags, processes=processes)
+        assert run.returncode == 0, run.stderr
+        lines.append([line for line in run.stdout.splitlines() if "box AP" in line][-1])
+        files.append([json.loads((tmp_path / "run" / f"results_{kind}.json").read_text()) for kind in ("bbox", "segm")])
+    assert lines[0] == lines[1] == lines[2] and "11 images" in lines[0] and "mask AP" in lines[0]
+    assert files[0] == files[1] == files[2] and len(files[0][0]) > 11
+    assert (tmp_path / "run" / "predictions.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("flags", ["", "--model fpn --anchors 8 16 32 64 128 --no-masks"])
+def test_a_stopped_detection_run_ends_bitwise_like_an_undisturbed_one(flags, finished, scenes, tmp_path, capsys):
+    flags = [
+        *SMALL,
+        *flags.split(),
+        "--data",
+        str(scenes),
+        "--checkpoint",
+        str(finished[0] / "checkpoint.pt"),
+        "--output",
+    ]
+    detect_transfer.main([*flags, str(tmp_path / "whole")])
+    detect_transfer.main([*flags, str(tmp_path / "halves"), "--max-steps", "2"])
+    detect_transfer.main([*flags, str(tmp_path / "halves")])
+    assert "resuming at step 2 of 4" in capsys.readouterr().out
+    whole, halves = (load(tmp_path / name / "checkpoint.pt")["model"] for name in ("whole", "halves"))
+    assert all(torch.equal(v, halves[k]) for k, v in whole.items())
+
+
+def test_detection_schedule_is_the_published_one():
+    """180,000 steps of 16 images at 0.02, a tenth from 120,000 and again from 160,000; half of it for 1x."""
+    _, recipe = detect_transfer.parse(["--recipe", "coco-2x"])
+    rates = {0: 0.00002, 500: 0.010010, 1000: 0.02, 119_999: 0.02, 120_000: 0.002, 160_000: 0.0002, 179_999: 0.0002}
+    for step, rate in rates.items():
+        assert detect_transfer.learning_rate(step, recipe) == pytest.approx(rate, rel=1e-4)
+    assert recipe.images == 16 * 180_000 and detect_transfer.parse(["--recipe", "coco-1x"])[1].images == 16 * 90_000
+    _, small = detect_transfer.parse(["--recipe", "coco-2x", "--batch-size", "2"])
+    assert detect_transfer.learning_rate(8 * 100_000, small) == pytest.approx(0.02 / 8)
+
+
+def test_detection_batches_cover_every_epoch_on_any_number_of_processes(monkeypatch):
+    whole = list(detect_transfer.Stream(10, 4, 0, 0, 5))
+    keys = sum(whole, [])
+    assert [position for position, _ in keys] == list(range(20))
+    assert all(sorted(i for _, i in keys[e : e + 10]) == list(range(10)) for e in (0, 10))
+    assert list(detect_transfer.Stream(10, 4, 0, 2, 5)) == whole[2:]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    shares = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        shares.append(list(detect_transfer.Stream(10, 4, 0, 0, 5)))
+    assert [sorted(a + b) for a, b in zip(*shares)] == whole
+
+
+def write_coco(folder, **changes):
+    """Two grey pictures, category ids 7 and 90, a crowd, a degenerate box, one outside, a picture without objects."""
+    for split in ("train", "val"):
+        (folder / "images" / split).mkdir(parents=True, exist_ok=True)
+        for i in range(2):
+            torchvision.io.write_png(
+                torch.full((1, 20, 30), 90, dtype=torch.uint8), str(folder / "images" / split / f"{i}.png")
+            )
+        annotation = {"image_id": 5, "iscrowd": 0, "area": 100, "segmentation": [[2, 3, 12, 3, 12, 13, 2, 13]]}
+        content = {
+            "images": [{"id": i + 5, "file_name": f"{i}.png", "height": 20, "width": 30} for i in range(2)],
+            "categories": [{"id": 90, "name": "late"}, {"id": 7, "name": "early"}],
+            "annotations": [
+                annotation | {"id": 1, "category_id": 90, "bbox": [2, 3, 10, 10]},
+                annotation | {"id": 2, "category_id": 7, "bbox": [2, 3, 10, 10], "iscrowd": 1,
+                              "segmentation": {"size": [20, 30], "counts": [60, 540]}},
+                annotation | {"id": 3, "category_id": 7, "bbox": [2, 3, 0.5, 10]},
+                annotation | {"id": 4, "category_id": 7, "bbox": [40, 3, 5, 5]},
+            ],
+        }  # fmt: skip
+        content |= changes.get(split, {})
+        (folder / "annotations").mkdir(exist_ok=True)
+        (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_coco_images_of_every_kind(tmp_path):
+    folder = write_coco(tmp_path)
+    args = detect_transfer.parse(["--recipe", "coco-1x", "--data", str(folder)])[0]
+    (images, annotations), _ = detect_transfer.find_data(args).values()
+    train_set = detect_transfer.CocoImages(images, annotations, True, True)
+    assert train_set.names == ["early", "late"] and train_set.ids == [5]  # image 6 has no objects
+    for position in range(4):
+        image, target = train_set[position, 0]
+        flipped = target["boxes"][0, 0] != 2
+        assert image.shape == (3, 20, 30) and target["labels"].tolist() == [2]
+        assert target["boxes"].tolist() == [[18, 3, 28, 13] if flipped else [2, 3, 12, 13]]
+        ys, xs = target["masks"][0].nonzero().unbind(1)
+        assert [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1] == target["boxes"][0].tolist()
+    val_set = detect_transfer.CocoImages(images, annotations, True, False)
+    assert (
+        val_set.ids == [5, 6] and val_set[1][1]["boxes"].shape == (0, 4) and val_set[1][1]["masks"].shape == (0, 20, 30)
+    )
+
+
+def test_bad_detection_commands_fail_with_one_clear_line(finished, scenes, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoint = ["--checkpoint", str(finished[0] / "checkpoint.pt")]
+    image = {"id": 5, "file_name": "nosuch.png", "height": 20, "width": 30}
+    vit = train.build_backbone("vit_tiny", "cifar", 16)[0].state_dict()
+    torch.save(vit, tmp_path / "vit.pt")
+
+    def data(name, **changes):
+        return [*SMALL, *checkpoint, "--recipe", "coco-1x", "--data", str(write_coco(tmp_path / name, **changes))]
+
+    (tmp_path / "empty").mkdir()
+    good = [*SMALL, *checkpoint, "--data", str(scenes)]
+    wrong = {"id": 5, "file_name": "0.png", "height": 20, "width": 31}
+    cases = [
+        (data("a", train={"images": [image]}), "nosuch.png, which is not in"),
+        (data("b", val={"categories": [{"id": 7, "name": "early"}, {"id": 90}]}), "category 90 has no name"),
+        (data("c", train={"annotations": []}), "holds no images with objects"),
+        (data("d", train={"categories": [{"id": 7, "name": "early"}]}), "annotation 1 has the unknown category 90"),
+        (
+            data("e", val={"categories": [{"id": 7, "name": "early"}, {"id": 90, "name": "x"}]}),
+            "different categories, 'late'",
+        ),
+        (data("f", train={"images": [wrong]}), "0.png has 30 x 20 pixels, but"),
+        (data("g", train={"images": 3}), "is no COCO annotation file"),
+        ([*good, "--data", "empty"], "empty has no annotations for train: tried annotations/instances_train.json"),
+        ([*good, "--data", "nowhere"], "nowhere: no such folder"),
+        ([*good, "--recipe", "coco-2x", "--val-images", "x"], "go together"),
+        ([*SMALL, "--recipe", "coco-2x", *checkpoint], "--recipe coco-2x needs --data FOLDER"),
+        ([*good, "--checkpoint", "nosuch.pt"], "nosuch.pt: no such file"),
+        ([*good, "--checkpoint", "vit.pt"], "vit_tiny: detection needs a ResNet"),
+        ([*good, "--model", "fpn"], "needs five sizes, got 3"),
+        ([*good, "--trainable-layers", "6"], "has five stages"),
+        ([*good, "--batch-size", "0"], "--batch-size must be at least 1"),
+        ([*good, "--base-lr", "nan"], "--base-lr must be"),
+    ]
+    for arguments, message in cases:
+        if "--val-images" in arguments:
+            arguments = [a for a in arguments if a not in ("--data", str(scenes))]
+        with pytest.raises(SystemExit) as stopped:
+            detect_transfer.main(arguments)
+        error = capsys.readouterr().err.strip().splitlines()
+        assert stopped.value.code == 2 and message in error[-1] and len(error) == 1, (arguments, error)
 
 
 # ------------------------------------------------------------------------------------------------------------------

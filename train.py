@@ -583,6 +583,7 @@ def epoch_order(n: int, seed: int, epoch: int, batch: int) -> Tensor:
 def training_views(images: Images, recipe: Recipe, seed: int, step: int, workers: int, device: torch.device):
     """Endless: for every step from `step` on, this process's share of each view, (b, 3, s, s), augmented."""
     rank, world = rank_and_world()
+    workers = workers if images.pixels is None else 0
     share = slice(rank * recipe.batch_size // world, (rank + 1) * recipe.batch_size // world)
     steps = len(images) // recipe.batch_size
     while True:
@@ -594,7 +595,7 @@ def training_views(images: Images, recipe: Recipe, seed: int, step: int, workers
             keys = [[(epoch, i) for i in row] for row in order.tolist()]
             batches = (
                 [v.to(device, non_blocking=True).float() / 255 for v in views]
-                for views in read(Decoded(images, RandomCrops(recipe, seed)), workers, device, batch_sampler=keys)
+                for views in read(Decoded(images, RandomCrops(recipe, seed)), workers, batch_sampler=keys)
             )
         for views in batches:
             for v, x in enumerate(views):
@@ -631,13 +632,11 @@ def outlive_signals(worker: int):
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
 
-def read(dataset: Decoded, workers: int, device: torch.device, **sampling):
-    """Batches that workers decode, or that this process cuts out of memory; an unreadable image ends the run with its name."""
-    in_memory = dataset.images.pixels is not None
-    workers = 0 if in_memory else workers
-    options = {"pin_memory": device.type == "cuda" and not in_memory, "prefetch_factor": 4 if workers else None}
-    options["num_workers"] = workers
-    loader = torch.utils.data.DataLoader(dataset, worker_init_fn=outlive_signals, **options, **sampling)
+def read(dataset: torch.utils.data.Dataset, workers: int, **sampling):
+    """Batches that workers make, or none: this process. An unreadable image ends the run with its name."""
+    options = {"num_workers": workers, "prefetch_factor": 4 if workers else None, "worker_init_fn": outlive_signals}
+    pin = torch.cuda.is_available() and workers > 0
+    loader = torch.utils.data.DataLoader(dataset, pin_memory=pin, **options, **sampling)
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # a worker is born deaf, until outlive_signals has run in it
     batches = iter(loader)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
@@ -768,12 +767,13 @@ def teacher_momentum(step: int, steps: int, recipe: Recipe) -> float:
 
 def still_batches(images: Images, rows: Tensor, dataset: str, size: int, device: torch.device, workers: int):
     """The images `rows` without augmentation, resized and cropped at the centre: (128, 3, size, size), normalised."""
+    workers = workers if images.pixels is None else 0
     if isinstance(images.pixels, Tensor):
         batches = (images.pixels[i] for i in rows.to(images.pixels.device).split(128))
         if images.pixels.shape[2:] != (size, size):
             batches = map(CentreCrop(size), batches)
     else:
-        batches = read(Decoded(images, CentreCrop(size)), workers, device, batch_size=128, sampler=rows.tolist())
+        batches = read(Decoded(images, CentreCrop(size)), workers, batch_size=128, sampler=rows.tolist())
     for x in batches:
         yield normalize(x.to(device).float() / 255, dataset)
 
@@ -957,6 +957,27 @@ def optional(kind: type):
     return convert
 
 
+def add_fields(parser: argparse.ArgumentParser, kind: type):
+    """A flag for each field of the recipe."""
+    group = parser.add_argument_group("fields of the recipe, which these flags override")
+    for f in fields(kind):
+        options = dict(f.metadata, default=argparse.SUPPRESS)
+        if f.type is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            number = next(t for t in (int, float, str) if t.__name__ in str(f.type))
+            options["type"] = optional(number) if "None" in str(f.type) else number
+            options |= {"nargs": "+"} if "tuple" in str(f.type) else {}
+        group.add_argument("--" + f.name.replace("_", "-"), **options)
+
+
+def override(recipe, args: argparse.Namespace):
+    """The recipe with the fields that were given as flags, and the names of these."""
+    given = {f.name: getattr(args, f.name) for f in fields(recipe) if hasattr(args, f.name)}
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    return replace(recipe, **given), set(given)
+
+
 def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Recipe]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -981,20 +1002,9 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Recipe]:
     add("--device", default="auto", choices=["auto", "cpu", "cuda"])
     add("--precision", default="auto", choices=["auto", "bfloat16", "float16", "float32"])
     add("--compile", action="store_true", help="torch.compile the backbone")
-    group = parser.add_argument_group("fields of the recipe, which these flags override")
-    for f in fields(Recipe):
-        options = dict(f.metadata, default=argparse.SUPPRESS)
-        if f.type is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        else:
-            kind = next(t for t in (int, float, str) if t.__name__ in str(f.type))
-            options["type"] = optional(kind) if "None" in str(f.type) else kind
-            options |= {"nargs": "+"} if "tuple" in str(f.type) else {}
-        group.add_argument("--" + f.name.replace("_", "-"), **options)
+    add_fields(parser, Recipe)
     args = parser.parse_args(argv)
-    given = {f.name: getattr(args, f.name) for f in fields(Recipe) if hasattr(args, f.name)}
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    recipe = replace(RECIPES[args.recipe], **given)
+    recipe, given = override(RECIPES[args.recipe], args)
     if args.recipe == "imagenet-multicrop" and "base_lr" not in given:
         recipe = replace(recipe, base_lr=MULTICROP_LR.get(recipe.epochs, recipe.base_lr))
     return args, recipe
@@ -1068,8 +1078,8 @@ def check(recipe: Recipe, args: argparse.Namespace):
     build_criterion(recipe)
 
 
-def resume_point(folder: Path, config: dict, fresh: bool) -> dict | None:
-    """The checkpoint to go on from, or None for a new run. A folder with something else in it is left alone."""
+def resume_point(folder: Path, config: dict, fresh: bool, keys: set[str]) -> dict | None:
+    """The checkpoint to go on from, with these keys, or None for a new run. A folder with something else in it is left alone."""
     if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
         fail(f"--output {folder} is no folder")
     if not folder.exists() or not any(name for name in os.listdir(folder) if name != ".lock"):
@@ -1089,7 +1099,6 @@ def resume_point(folder: Path, config: dict, fresh: bool) -> dict | None:
     if not (folder / "checkpoint.pt").exists():
         return None
     saved = load_checkpoint(folder / "checkpoint.pt")
-    keys = {"step", "network", "optimizer", "scaler", "teacher", "history"}
     if not isinstance(saved, dict) or not keys <= saved.keys() or not isinstance(saved["step"], int):
         fail(f"{folder}/checkpoint.pt is no checkpoint of this script: choose another --output or give --fresh")
     return saved
@@ -1337,7 +1346,8 @@ def main(argv: list[str] | None = None):
     names = "".join(str(path).removeprefix(root).lstrip("/") for path in train.paths or [])  # relpath: 4 s a million
     config["data"] = hashlib.blake2b(names.encode(errors="replace"), digest_size=8).hexdigest()
     config = json.loads(json.dumps(config))  # as it will be read again
-    saved = None if args.benchmark else resume_point(folder, config, fresh)
+    keys = {"step", "network", "optimizer", "scaler", "teacher", "history"}
+    saved = None if args.benchmark else resume_point(folder, config, fresh, keys)
     if dist.is_initialized():
         dist.barrier()  # all have looked at the folder before the first process writes to it
 
