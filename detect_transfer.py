@@ -88,9 +88,7 @@ class Recipe:
     short_sides: tuple[int, ...] = flag((640, 672, 704, 736, 768, 800), "training: one of these is the short side")
     test_short_side: int = flag(800, "short side in the evaluation")
     long_side: int = flag(1333, "limit of the long side")
-    anchors: tuple[int, ...] = flag(
-        (32, 64, 128, 256, 512), "sizes, each with ratios 1:2, 1:1, 2:1; fpn: one for a level"
-    )
+    anchors: tuple[int, ...] = flag((32, 64, 128, 256, 512), "sizes, each with ratios 1:2, 1:1, 2:1; fpn: one for a level")
     train_proposals: tuple[int, ...] = flag((12_000, 2000), "before and after NMS, training")
     test_proposals: tuple[int, ...] = flag((6000, 1000), "before and after NMS, evaluation")
     rois: int = flag(512, "regions of an image that train the heads")
@@ -180,9 +178,7 @@ class CocoImages(torch.utils.data.Dataset):
             with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
                 self.coco = COCO(annotations)
             content = self.coco.dataset
-            records = {
-                image["id"]: (image["file_name"], image["height"], image["width"]) for image in content["images"]
-            }
+            records = {image["id"]: (image["file_name"], image["height"], image["width"]) for image in content["images"]}
             nameless = [c["id"] for c in content["categories"] if not c.get("name")]
             self.category_ids = sorted(c["id"] for c in content["categories"])
             for annotation in content["annotations"]:
@@ -194,9 +190,7 @@ class CocoImages(torch.utils.data.Dataset):
                         f"{annotations}: annotation {annotation['id']} is of image {annotation['image_id']}, which is not listed"
                     )
                 if annotation["category_id"] not in self.coco.cats:
-                    fail(
-                        f"{annotations}: annotation {annotation['id']} has the unknown category {annotation['category_id']}"
-                    )
+                    fail(f"{annotations}: annotation {annotation['id']} has the unknown category {annotation['category_id']}")
         except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
             fail(f"{annotations} is no COCO annotation file: {type(error).__name__} {error}")
         if nameless:
@@ -385,9 +379,7 @@ class C4Heads(roi_heads.RoIHeads):
         return result, {}
 
 
-def build_detector(
-    recipe: Recipe, checkpoint: Checkpoint, random: bool, classes: int, dtype: torch.dtype
-) -> GeneralizedRCNN:
+def build_detector(recipe: Recipe, checkpoint: Checkpoint, random: bool, classes: int, dtype: torch.dtype) -> GeneralizedRCNN:
     """`classes`: with the background. The backbone's weights are the checkpoint's, or random."""
     if not checkpoint.arch.startswith(("resn", "wide_resnet")):
         fail(f"{checkpoint.arch}: detection needs a ResNet")
@@ -527,28 +519,18 @@ def draw_results(data: CocoImages, results: list[dict], path: Path, n: int = 6, 
             picture = image
             if objects:
                 kinds = [data.category_ids.index(o["category_id"]) for o in objects]
-                colours = [
-                    tuple(int(c) for c in torch.randint(64, 256, (3,), generator=rng("colour", k))) for k in kinds
-                ]
+                colours = [tuple(int(c) for c in torch.randint(64, 256, (3,), generator=rng("colour", k))) for k in kinds]
                 if data.masks:
-                    masks = torch.stack(
-                        [torch.from_numpy(data.coco.annToMask({**o, "image_id": image_id})) for o in objects]
-                    )
-                    picture = torchvision.utils.draw_segmentation_masks(
-                        picture, masks.bool(), alpha=0.4, colors=colours
-                    )
+                    masks = torch.stack([torch.from_numpy(data.coco.annToMask({**o, "image_id": image_id})) for o in objects])
+                    picture = torchvision.utils.draw_segmentation_masks(picture, masks.bool(), alpha=0.4, colors=colours)
                 boxes = torch.tensor([o["bbox"] for o in objects], dtype=torch.float32)
                 boxes[:, 2:] += boxes[:, :2]
                 names = [data.names[k] + (f" {o['score']:.2f}" if "score" in o else "") for k, o in zip(kinds, objects)]
                 picture = torchvision.utils.draw_bounding_boxes(picture, boxes, names, colours, width=2)
             height, width = picture.shape[1:]
             scale = side / max(height, width)
-            picture = torchvision.transforms.v2.functional.resize(
-                picture, [round(height * scale), round(width * scale)]
-            )
-            pictures.append(
-                nn.functional.pad(picture, (0, side - picture.shape[2], 0, side - picture.shape[1]), value=255)
-            )
+            picture = torchvision.transforms.v2.functional.resize(picture, [round(height * scale), round(width * scale)])
+            pictures.append(nn.functional.pad(picture, (0, side - picture.shape[2], 0, side - picture.shape[1]), value=255))
     ordered = pictures[0::2] + pictures[1::2]
     torchvision.io.write_png(torchvision.utils.make_grid(ordered, len(ordered) // 2, pad_value=255), str(path))
 
@@ -581,9 +563,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Recipe]:
     args = parser.parse_args(argv)
     recipe, given = override(RECIPES[args.recipe], args)
     if recipe.model == "fpn":
-        recipe = replace(
-            recipe, **{k: v for k, v in FPN_PROPOSALS.items() if k not in given and args.recipe != "shapes"}
-        )
+        recipe = replace(recipe, **{k: v for k, v in FPN_PROPOSALS.items() if k not in given and args.recipe != "shapes"})
     return args, recipe
 
 
@@ -637,9 +617,7 @@ def main(argv: list[str] | None = None):
     steps = max(1, recipe.images // recipe.batch_size)
     last = min(steps, args.max_steps or steps)
     config = dataclasses.asdict(recipe) | {"recipe": args.recipe, "seed": args.seed, "train_images": len(train)}
-    weights = hashlib.blake2b(
-        b"".join(v.numpy().tobytes() for v in checkpoint.state.values()), digest_size=8
-    ).hexdigest()
+    weights = hashlib.blake2b(b"".join(v.numpy().tobytes() for v in checkpoint.state.values()), digest_size=8).hexdigest()
     config |= {"data": str(train.annotations), "weights": "random" if args.random else f"{args.checkpoint} ({weights})"}
     config = json.loads(json.dumps(config | {"arch": checkpoint.arch, "stem": checkpoint.stem}))
     fresh = args.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
@@ -650,10 +628,11 @@ def main(argv: list[str] | None = None):
     model = model.to(device, memory_format=torch.channels_last)
     if recipe.norm == "syncbn" and world > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
-    spared = [p for p in model.parameters() if p.requires_grad and p.ndim == 1]
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+    spared = [p for m in norms for p in m.parameters() if p.requires_grad]
+    decayed = [p for p in model.parameters() if p.requires_grad and not any(p is s for s in spared)]
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": spared, "weight_decay": 0.0}]
-    optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9)
+    optimizer = torch.optim.SGD([g for g in groups if g["params"]], lr=0.0, momentum=0.9)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     step = 0
     if saved:
@@ -694,9 +673,7 @@ def main(argv: list[str] | None = None):
             draw_results(val, results, folder / "predictions.png")
             numbers, lines = {"step": step, "evaluation_seconds": time.time() - started}, []
             for kind, six in ap.items():
-                named = {
-                    name: v for name, v in zip(("AP", "AP50", "AP75", "APs", "APm", "APl"), six) if not math.isnan(v)
-                }
+                named = {name: v for name, v in zip(("AP", "AP50", "AP75", "APs", "APm", "APl"), six) if not math.isnan(v)}
                 numbers |= {f"{kind}_{name}": v for name, v in named.items()}
                 values = "  ".join(f"{name} {v:.1f}" for name, v in named.items())
                 lines.append(f"{'box' if kind == 'bbox' else 'mask'} {values}")
@@ -705,17 +682,11 @@ def main(argv: list[str] | None = None):
     def save():
         if rank == 0:
             try:
-                state = {
-                    "config": config,
-                    "step": step,
-                    "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                }
+                state = {"config": config, "step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
                 save_atomically(state | {"scaler": scaler.state_dict()}, folder / "checkpoint.pt")
             except (OSError, RuntimeError) as error:
                 fail(
-                    f"{folder} cannot be written: {error}. Its checkpoint.pt is complete, if perhaps an older one",
-                    alone=True,
+                    f"{folder} cannot be written: {error}. Its checkpoint.pt is complete, if perhaps an older one", alone=True
                 )
 
     interrupts, started, first, waited = Interrupts(), time.time(), step, 0.0
@@ -752,11 +723,7 @@ def main(argv: list[str] | None = None):
                      "or a longer --warmup-images may help", alone=True)  # fmt: skip
             seconds = (time.time() - started) / (step - first)
             text = ", ".join(f"{k} {v:.3f}" for k, v in numbers.items() if k != "loss")
-            numbers |= {
-                "step": step,
-                "lr": optimizer.param_groups[0]["lr"],
-                "images_per_second": recipe.batch_size / seconds,
-            }
+            numbers |= {"step": step, "lr": optimizer.param_groups[0]["lr"], "images_per_second": recipe.batch_size / seconds}
             if log:
                 log.write(f"step {step}/{steps}  loss {numbers['loss']:.3f} ({text})  lr {numbers['lr']:.5f}  "
                           f"{numbers['images_per_second']:.1f} images/s, {100 * waited / (time.time() - started):.0f} % waiting "

@@ -96,9 +96,7 @@ class Checkpoint:
     config: dict  # of train.py's own files; empty for others
 
 
-def read_checkpoint(
-    path: Path, arch: str | None = None, stem: str | None = None, size: int | None = None
-) -> Checkpoint:
+def read_checkpoint(path: Path, arch: str | None = None, stem: str | None = None, size: int | None = None) -> Checkpoint:
     """The backbone in a file, recognised by its keys. `arch`, `stem`, `size`: what is known better than the file says."""
     if not path.is_file():
         fail(f"--checkpoint {path}: no such file")
@@ -120,9 +118,7 @@ def read_checkpoint(
             f"{path} has no backbone with torchvision's names (conv1.weight or conv_proj.weight, after a prefix), but {keys}"
         )
     entry, prefix = known[0] if known else found[0]
-    weights = {
-        k.removeprefix(prefix): v for k, v in entries[entry].items() if k.startswith(prefix) and isinstance(v, Tensor)
-    }
+    weights = {k.removeprefix(prefix): v for k, v in entries[entry].items() if k.startswith(prefix) and isinstance(v, Tensor)}
     config = saved["config"] if entry == "network" and isinstance(saved.get("config"), dict) else {}
     arch = arch or config.get("arch") or recognise(path, weights)
     seen_stem, seen_size = measure(weights)
@@ -274,9 +270,7 @@ def labelled_subset(images: Images, percent: int, labels_file: str | None, seed:
             fail(f"--labels-file {labels_file}: {unknown[0]!r}, one of {len(unknown)} such names, is no training image")
         double = [name for name in wanted if len(by_name[name]) > 1]
         if double:
-            fail(
-                f"--labels-file {labels_file}: {len(by_name[double[0]])} images are called {double[0]!r}; write class/name"
-            )
+            fail(f"--labels-file {labels_file}: {len(by_name[double[0]])} images are called {double[0]!r}; write class/name")
         if not wanted:
             fail(f"--labels-file {labels_file} is empty")
         rows = torch.tensor(sorted({by_name[name][0] for name in wanted}))
@@ -290,12 +284,8 @@ def labelled_subset(images: Images, percent: int, labels_file: str | None, seed:
     else:
         return images
     pixels = images.pixels
-    pixels = (
-        pixels[rows.to(pixels.device)] if isinstance(pixels, Tensor) else pixels and [pixels[i] for i in rows.tolist()]
-    )
-    return Images(
-        pixels, images.paths and [images.paths[i] for i in rows.tolist()], images.labels[rows], images.classes
-    )
+    pixels = pixels[rows.to(pixels.device)] if isinstance(pixels, Tensor) else pixels and [pixels[i] for i in rows.tolist()]
+    return Images(pixels, images.paths and [images.paths[i] for i in rows.tolist()], images.labels[rows], images.classes)
 
 
 def rate_factor(protocol: str, step: int, steps: int, epochs: int) -> float:
@@ -384,9 +374,7 @@ def train_classifier(
                 f"{min(values):.3f} at {rates[values.index(min(values))]:g}  ETA {eta / 60:.1f} min")  # fmt: skip
         if ends and (step // steps % every == 0 or step == steps * epochs):
             top = validate(model, val, dataset, size, device, args.workers)
-            say(
-                f"{protocol}: epoch {step // steps}/{epochs}  top-1 {top[0][0]:.2f} %, best {max(t for t, _ in top):.2f} %"
-            )
+            say(f"{protocol}: epoch {step // steps}/{epochs}  top-1 {top[0][0]:.2f} %, best {max(t for t, _ in top):.2f} %")
         if ends or stop:
             save()
         if stop and step < steps * epochs:
@@ -406,32 +394,18 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--checkpoint", help="file with the backbone (default: runs/shapes/checkpoint.pt)")
     add("--data", help="folder with train/ and val/, or torchvision's CIFAR; not for shapes")
     add(
-        "--protocol",
-        nargs="+",
-        default=["features", "knn"],
-        choices=PROTOCOLS,
-        help="one or several (default: features knn)",
+        "--protocol", nargs="+", default=["features", "knn"], choices=PROTOCOLS, help="one or several (default: features knn)"
     )
     add("--dataset", choices=MEAN_STD, help="what --data holds (default: as pretrained, else folder)")
     add("--arch", help="the backbone, where the file does not tell")
     add("--stem", choices=["imagenet", "cifar", "small"], help="its first layers, where the file does not tell")
     add("--size", type=int, help="pixels of the images (default: as pretrained)")
     add("--random", action="store_true", help="random weights instead of the checkpoint's, for comparison")
-    add(
-        "--lr",
-        type=float,
-        nargs="+",
-        help="learning rates of the classifiers (default: the protocol's own, and others)",
-    )
+    add("--lr", type=float, nargs="+", help="learning rates of the classifiers (default: the protocol's own, and others)")
     add("--epochs", type=int, help="of the classifiers (default: the protocol's own)")
     add("--batch-size", type=int, default=256, help="linear, finetune: GLOBAL batch; rates are per 256 images")
     add("--weight-decay", type=float, default=0.0, help="linear, finetune")
-    add(
-        "--encoder-lr",
-        type=float,
-        default=0.004,
-        help="finetune: learning rate of the backbone; 0.006 was published too",
-    )
+    add("--encoder-lr", type=float, default=0.004, help="finetune: learning rate of the backbone; 0.006 was published too")
     add("--percent", type=int, default=100, choices=[1, 10, 100], help="finetune: share of the labels, of every class")
     add("--labels-file", help="finetune: names of the labelled images, a line each (SimCLR's published lists)")
     add("--seed", type=int, default=0, help="of the classifiers, of the labels drawn, and of --random")
@@ -463,9 +437,7 @@ def check(args: argparse.Namespace):
         fail("--random needs --arch, or a --checkpoint whose architecture it takes")
 
 
-def knn(
-    share: Tensor, queries: Tensor, labels: Tensor, expected: Tensor, device: torch.device
-) -> list[tuple[str, float]]:
+def knn(share: Tensor, queries: Tensor, labels: Tensor, expected: Tensor, device: torch.device) -> list[tuple[str, float]]:
     """Top-1 of the three votes. The bank lies spread over the processes, share = bank[rank::world]; its neighbours are merged."""
     rank, world = rank_and_world()
 
@@ -567,18 +539,7 @@ def main(argv: list[str] | None = None):
             settings |= {"batch_size": args.batch_size, "weight_decay": args.weight_decay, "labelled": len(labelled)}
             settings |= {"digest": weights.hexdigest()}
             top = train_classifier(
-                protocol,
-                args,
-                settings,
-                backbone,
-                width,
-                labelled,
-                val,
-                size,
-                dataset,
-                device,
-                dtype,
-                folder / f"{name}.pt",
+                protocol, args, settings, backbone, width, labelled, val, size, dataset, device, dtype, folder / f"{name}.pt"
             )
             rows = [(f"learning rate {r:g}", *t) for r, t in zip(rates, top)]
         if protocol != "finetune":

@@ -163,11 +163,7 @@ def test_gradcheck(kind, m, d, axis):
 def test_gradient_at_exactly_equal_eigenvalues(m, d):
     """All m eigenvalues are equal on the channel axis, where autograd through eigh gives NaN."""
     q = torch.linalg.qr(torch.cat([torch.ones(d, 1, dtype=torch.float64), randn(d, m)], 1))[0][:, 1:].T[: min(m, d - 1)]
-    for f in (
-        whiten,
-        lambda z: spectral_transform(z, intl.power(0.3)),
-        lambda z: spectral_transform(z, scalar_iter_norm),
-    ):
+    for f in (whiten, lambda z: spectral_transform(z, intl.power(0.3)), lambda z: spectral_transform(z, scalar_iter_norm)):
         assert gradcheck(f, q.clone().requires_grad_())
 
 
@@ -330,14 +326,7 @@ OFFICIAL = [  # axis, views, m, d, iterations, values
             3.9465418979197007,
         ],
     ),
-    (
-        "batch",
-        2,
-        16,
-        4,
-        7,
-        [1.8768154965317667, 1.8768154965317667, 0.5615442368460691, -0.05064526559534356, 0.0, 0.0],
-    ),
+    ("batch", 2, 16, 4, 7, [1.8768154965317667, 1.8768154965317667, 0.5615442368460691, -0.05064526559534356, 0.0, 0.0]),
     (
         "channel",
         4,
@@ -437,9 +426,7 @@ def test_collapsed_and_scaled_batches_are_finite(m, d, axis):
 @pytest.mark.parametrize("axis", AXES)
 def test_half_precision_and_autocast_change_nothing(axis):
     z = randn(2, 16, 48, dtype=torch.float32) * 100
-    losses = [INTLLoss(axis=axis), train.SpectralLoss(0.5, axis)] + (
-        [intl.CWRGPLoss(groups=2)] if axis == "channel" else []
-    )
+    losses = [INTLLoss(axis=axis), train.SpectralLoss(0.5, axis)] + ([intl.CWRGPLoss(groups=2)] if axis == "channel" else [])
     for loss in losses:
         for dtype in (torch.bfloat16, torch.float16):
             torch.manual_seed(0)
@@ -570,9 +557,7 @@ class Penalty(nn.Module):
 
 def test_diagnostics_of_a_known_spectrum():
     l = torch.tensor([4.0, 2.0, 1.0, 1.0, 0.0], dtype=torch.float64)
-    q = torch.linalg.qr(torch.cat([torch.ones(50, 1, dtype=torch.float64), randn(50, 5)], 1))[0][
-        :, 1:
-    ]  # centred columns
+    q = torch.linalg.qr(torch.cat([torch.ones(50, 1, dtype=torch.float64), randn(50, 5)], 1))[0][:, 1:]  # centred columns
     z = q * (49 * l).sqrt() @ torch.linalg.qr(randn(5, 5))[0] + 3
     torch.testing.assert_close(spectrum(z), l)
     entropy = 0.5 * math.log(2) + 0.25 * math.log(4) + 2 * 0.125 * math.log(8)
@@ -794,9 +779,7 @@ def test_order_and_crops_do_not_depend_on_workers_or_processes(photos, monkeypat
     for kind, cache, held in (("same", 1, torch.Tensor), ("mixed", 1, list), ("mixed", 0, type(None))):
         images, _ = train.load_data("folder", str(photos / kind), 0, device, cache)
         assert isinstance(images.pixels, held)
-        views_of[kind, cache] = whole = [
-            next(train.training_views(images, recipe, 0, step, 0, device)) for step in range(8)
-        ]
+        views_of[kind, cache] = whole = [next(train.training_views(images, recipe, 0, step, 0, device)) for step in range(8)]
         for workers in (0, 2):
             views = train.training_views(images, recipe, 0, 0, workers, device)
             for expected in whole:  # over the end of an epoch of 6 steps, from any step
@@ -949,9 +932,7 @@ def test_knn_votes_like_a_brute_force_search(temperature):
 # ------------------------------------------------------------------------------------------------------------------
 # The scripts, as a user starts them
 
-TINY = (
-    "--dataset folder --view-sizes 16 16 --stem cifar --batch-size 16 --hidden 16 --out 24 --epochs 4 --warmup-epochs 1"
-)
+TINY = "--dataset folder --view-sizes 16 16 --stem cifar --batch-size 16 --hidden 16 --out 24 --epochs 4 --warmup-epochs 1"
 TINY = [*TINY.split(), "--base-lr", "0.03", "--log-every", "1", "--workers", "1"]
 
 
@@ -986,16 +967,7 @@ def test_a_run_leaves_what_is_promised(finished):
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
     assert [line["epoch"] for line in lines if "knn_top1" in line] == [0, 1, 2, 3, 4]
     assert re.search(r"5-NN top-1 on 15 held-out images: random network [\d.]+ %, after 4 epochs [\d.]+ %", printed)
-    for part in (
-        "alignment",
-        "above its floor",
-        "score",
-        "lr",
-        "images/s",
-        "waiting for data",
-        "ETA",
-        "condition number",
-    ):
+    for part in ("alignment", "above its floor", "score", "lr", "images/s", "waiting for data", "ETA", "condition number"):
         assert part in printed
 
 
@@ -1037,9 +1009,7 @@ def test_two_processes_train_and_evaluate(kind, cache, photos, tmp_path):
     "--arch vit_tiny --stem cifar", "--precision float32 --compile"])  # fmt: skip
 def test_every_method_takes_a_step(flags, photos, tmp_path, capsys, monkeypatch):
     if "--compile" in flags:
-        monkeypatch.setattr(
-            nn.Module, "compile", lambda self: setattr(self, "compiled", True)
-        )  # no compiler needed here
+        monkeypatch.setattr(nn.Module, "compile", lambda self: setattr(self, "compiled", True))  # no compiler needed here
     arguments = [*TINY, "--data", str(photos / "same"), "--output", str(tmp_path / "run"), "--max-steps", "2"]
     train.main([*arguments, *flags.split()])
     printed = capsys.readouterr().out
@@ -1137,17 +1107,7 @@ def test_two_nodes_equal_one_process(photos, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nnodes",
-        "2",
-        "--nproc_per_node",
-        "2",
-        "--rdzv_id",
-        "7",
-    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "2", "--rdzv_id", "7"]
     command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}", "--local_addr", "127.0.0.1"]
     command = [str(word) for word in [*command, script, *options, tmp_path / "four"]]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": ENVIRONMENT}
@@ -1157,9 +1117,7 @@ def test_two_nodes_equal_one_process(photos, tmp_path):
     assert any("on 4 process(es)" in p for p in printed)
     one = run_script(script, *options, tmp_path / "one")
     assert one.returncode == 0, one.stderr
-    logs = [
-        [json.loads(line) for line in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in ("one", "four")
-    ]
+    logs = [[json.loads(line) for line in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in ("one", "four")]
     losses = [[line["loss"] for line in log if "loss" in line] for log in logs]
     assert len(losses[0]) == 5 and losses[0] == pytest.approx(losses[1], rel=1e-5)
     weights = [backbone_of(tmp_path / name) for name in ("one", "four")]
@@ -1180,15 +1138,7 @@ def test_a_run_resumes_on_another_number_of_processes(photos, tmp_path):
 
 def test_sigterm_to_torchrun_saves_before_the_processes_leave(photos, tmp_path):
     """With workers, which torchrun sends the signal as well."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        HERE / "train.py",
-    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", HERE / "train.py"]
     command += [*TINY, "--data", photos / "mixed", "--cache-mb", "0", "--output", tmp_path / "run", "--epochs", "300"]
     process = subprocess.Popen(
         [*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT
@@ -1206,16 +1156,7 @@ def test_unreadable_images_can_be_skipped(photos, tmp_path, capsys):
     folder.mkdir()
     for i, path in enumerate(sorted((photos / "mixed").rglob("*.png"))[:20]):
         (folder / f"{i}.png").write_bytes(path.read_bytes() if i % 5 else b"no picture")
-    arguments = [
-        *TINY,
-        "--data",
-        str(folder),
-        "--output",
-        str(tmp_path / "run"),
-        "--max-steps",
-        "1",
-        "--skip-unreadable",
-    ]
+    arguments = [*TINY, "--data", str(folder), "--output", str(tmp_path / "run"), "--max-steps", "1", "--skip-unreadable"]
     train.main([*arguments, "--batch-size", "20"])
     assert "unreadable images were met" in capsys.readouterr().out
 
@@ -1380,10 +1321,7 @@ def test_a_damaged_log_or_a_foreign_state(finished, photos, tmp_path, capsys, mo
     train.main(arguments)
     assert all(json.loads(line)["step"] >= 0 for line in (folder / "log.jsonl").read_text().splitlines())
     saved = torch.load(folder / "checkpoint.pt", weights_only=True)
-    for change, message in (
-        ({"network": {}}, "does not fit this run"),
-        ({"step": "x"}, "no checkpoint of this script"),
-    ):
+    for change, message in (({"network": {}}, "does not fit this run"), ({"step": "x"}, "no checkpoint of this script")):
         torch.save(saved | change, folder / "checkpoint.pt")
         with pytest.raises(SystemExit):
             train.main(arguments)
@@ -1439,9 +1377,7 @@ def published(state):
         extra = {f"{prefix}fc.weight": torch.zeros(3, 512), f"{prefix}fc.bias": torch.zeros(3)}
         return {prefix + k: v for k, v in state.items()} | extra | {name: torch.zeros(2) for name in others}
 
-    momentum = {
-        k.replace("module.encoder_q.", "module.encoder_k."): v * 0 for k, v in prefixed("module.encoder_q.").items()
-    }
+    momentum = {k.replace("module.encoder_q.", "module.encoder_k."): v * 0 for k, v in prefixed("module.encoder_q.").items()}
     moco3 = {k.replace("_q.", "_k."): v for k, v in momentum.items()}
     return {
         "official INTL": {"epoch": 3, "arch": "resnet18", "optimizer": {}, "state_dict": {
@@ -1478,9 +1414,7 @@ def test_every_publishers_checkpoint_gives_the_features_of_the_bare_network(arch
 def test_the_official_stem_is_torchvisions():
     """Zero padding of 1 and a convolution with padding 2 = padding 3."""
     x, w = randn(1, 3, 20, 20), randn(4, 3, 7, 7)
-    torch.testing.assert_close(
-        F.conv2d(F.pad(x, (1,) * 4), w, stride=2, padding=2), F.conv2d(x, w, stride=2, padding=3)
-    )
+    torch.testing.assert_close(F.conv2d(F.pad(x, (1,) * 4), w, stride=2, padding=2), F.conv2d(x, w, stride=2, padding=3))
 
 
 def test_every_architecture_is_recognised_by_its_shapes():
@@ -1570,10 +1504,7 @@ def test_linear_classifiers_do_not_influence_each_other_and_resume(finished, pho
     evaluate([*options, tmp_path / "both", "--lr", "0.1", "1"], monkeypatch)
     assert "resuming at step 4 of 9" in capsys.readouterr().out
     alone, both = (load(tmp_path / name / "checkpoint.linear.pt")["model"] for name in ("alone", "both"))
-    assert torch.equal(alone["heads.0.weight"], both["heads.1.weight"]) and set(alone) == {
-        "heads.0.weight",
-        "heads.0.bias",
-    }
+    assert torch.equal(alone["heads.0.weight"], both["heads.1.weight"]) and set(alone) == {"heads.0.weight", "heads.0.bias"}
     rows = [json.loads((tmp_path / name / "results.jsonl").read_text())["results"] for name in ("alone", "both")]
     assert rows[0][0] == rows[1][1]
 
@@ -1642,13 +1573,11 @@ def scenes(tmp_path_factory):
 
 
 def coco(folder, split, masks=True, training=False):
-    return detect_transfer.CocoImages(
-        folder / split, folder / "annotations" / f"instances_{split}.json", masks, training
-    )
+    return detect_transfer.CocoImages(folder / split, folder / "annotations" / f"instances_{split}.json", masks, training)
 
 
 SMALL = """--short-sides 64 --test-short-side 64 --long-side 128 --train-proposals 50 10 --test-proposals 50 5 --rois 8
-    --images 8 --detections 5 --batch-size 2 --warmup-images 2 --log-every 1 --workers 0 --precision float32""".split()
+    --images 8 --detections 5 --batch-size 2 --warmup-images 2 --log-every 1 --workers 0 --precision float32""".split()  # noqa: SIM905
 
 
 def detector(finished, *flags):
@@ -1679,9 +1608,7 @@ def backbone_part(model):
 @pytest.mark.parametrize("model", ["c4", "fpn"])
 def test_the_detector_has_the_backbones_weights_and_moves_what_it_should(model, norm, finished):
     flags = ["--model", model, "--norm", norm, "--trainable-layers", "3"]
-    network, state = detector(
-        finished, *flags, *(["--anchors", "8", "16", "32", "64", "128"] if model == "fpn" else [])
-    )
+    network, state = detector(finished, *flags, *(["--anchors", "8", "16", "32", "64", "128"] if model == "fpn" else []))
     part = backbone_part(network)
     assert set(part) == {k for k in state if norm == "bn" or "num_batches" not in k}
     assert all(torch.equal(state[k], part[k]) for k in part)
@@ -1703,9 +1630,7 @@ def test_c4_equals_an_independent_computation(finished):
     seen = {}
     for name in ("box_predictor", "mask_predictor", "box_roi_pool"):
         part = getattr(network.roi_heads, name)
-        part.register_forward_hook(
-            lambda _, inputs, output, name=name: seen.setdefault(name, []).append((inputs, output))
-        )
+        part.register_forward_hook(lambda _, inputs, output, name=name: seen.setdefault(name, []).append((inputs, output)))
     x = randn(1, 3, 64, 96, dtype=torch.float32)
     network([x[0]])
     resnet = torchvision.models.resnet18()
@@ -1750,9 +1675,7 @@ def test_c4_training_runs_res5_once_and_its_losses_are_torchvisions(finished):
     heads.box_predictor = nn.Sequential(pooled, heads.box_predictor)
     heads.mask_roi_pool, heads.mask_head = heads.box_roi_pool, heads.box_head
     torch.manual_seed(1)
-    _, theirs = torchvision.models.detection.roi_heads.RoIHeads.forward(
-        heads, features, proposals, [(70, 90)], [target]
-    )
+    _, theirs = torchvision.models.detection.roi_heads.RoIHeads.forward(heads, features, proposals, [(70, 90)], [target])
     assert mine.keys() == theirs.keys() == {"loss_classifier", "loss_box_reg", "loss_mask"}
     for name, value in theirs.items():
         torch.testing.assert_close(mine[name], value)
@@ -1764,9 +1687,7 @@ def truth(data):
     for i in range(len(data)):
         _, target = data[i]
         found = {k: target[k] for k in ("boxes", "labels")} | {"scores": torch.ones(len(target["labels"]))}
-        results += detect_transfer.as_results(
-            found | {"masks": target["masks"][:, None].float()}, target["image_id"], data
-        )
+        results += detect_transfer.as_results(found | {"masks": target["masks"][:, None].float()}, target["image_id"], data)
     return results
 
 
@@ -1823,15 +1744,7 @@ def test_detections_do_not_depend_on_the_number_of_processes(finished, scenes, t
 
 @pytest.mark.parametrize("flags", ["", "--model fpn --anchors 8 16 32 64 128 --no-masks"])
 def test_a_stopped_detection_run_ends_bitwise_like_an_undisturbed_one(flags, finished, scenes, tmp_path, capsys):
-    flags = [
-        *SMALL,
-        *flags.split(),
-        "--data",
-        str(scenes),
-        "--checkpoint",
-        str(finished[0] / "checkpoint.pt"),
-        "--output",
-    ]
+    flags = [*SMALL, *flags.split(), "--data", str(scenes), "--checkpoint", str(finished[0] / "checkpoint.pt"), "--output"]
     detect_transfer.main([*flags, str(tmp_path / "whole")])
     detect_transfer.main([*flags, str(tmp_path / "halves"), "--max-steps", "2"])
     detect_transfer.main([*flags, str(tmp_path / "halves")])
@@ -1905,9 +1818,7 @@ def test_coco_images_of_every_kind(tmp_path):
         ys, xs = target["masks"][0].nonzero().unbind(1)
         assert [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1] == target["boxes"][0].tolist()
     val_set = detect_transfer.CocoImages(images, annotations, True, False)
-    assert (
-        val_set.ids == [5, 6] and val_set[1][1]["boxes"].shape == (0, 4) and val_set[1][1]["masks"].shape == (0, 20, 30)
-    )
+    assert val_set.ids == [5, 6] and val_set[1][1]["boxes"].shape == (0, 4) and val_set[1][1]["masks"].shape == (0, 20, 30)
 
 
 def test_bad_detection_commands_fail_with_one_clear_line(finished, scenes, tmp_path, capsys, monkeypatch):
@@ -1959,13 +1870,9 @@ def test_bad_detection_commands_fail_with_one_clear_line(finished, scenes, tmp_p
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize(
-    "flags", ["", "--precision float16", "--compile", "--ema 0.9 --view-sizes 16 16 12 --solarize 0.1"]
-)
+@pytest.mark.parametrize("flags", ["", "--precision float16", "--compile", "--ema 0.9 --view-sizes 16 16 12 --solarize 0.1"])
 def test_gpu_takes_steps(flags, photos, tmp_path, capsys):
-    train.main(
-        [*TINY, "--data", str(photos / "same"), "--output", str(tmp_path / "run"), "--max-steps", "4", *flags.split()]
-    )
+    train.main([*TINY, "--data", str(photos / "same"), "--output", str(tmp_path / "run"), "--max-steps", "4", *flags.split()])
     assert "cuda" in capsys.readouterr().out
 
 

@@ -184,9 +184,7 @@ def choose_device(name: str) -> torch.device:
             fail("--device cuda: torch finds no GPU here")
         local = int(os.environ.get("LOCAL_RANK", 0))
         if local >= torch.cuda.device_count():
-            fail(
-                f"process {local} of this node has no GPU: start at most {torch.cuda.device_count()} on it", alone=True
-            )
+            fail(f"process {local} of this node has no GPU: start at most {torch.cuda.device_count()} on it", alone=True)
         torch.cuda.set_device(local)
     if world > 1 and not dist.is_initialized():
         try:
@@ -233,9 +231,7 @@ class Images:
     paths: list[Path] | None
     labels: Tensor | None  # (n,) int64
     classes: list[str]
-    skipped: Synchronized | None = (
-        None  # with --skip-unreadable: how often a worker met an image that it could not read
-    )
+    skipped: Synchronized | None = None  # with --skip-unreadable: how often a worker met an image that it could not read
 
     def __len__(self) -> int:
         return len(self.paths) if self.pixels is None else len(self.pixels)
@@ -274,9 +270,7 @@ def shape_level(kind: int, x: Tensor, y: Tensor) -> Tensor:
         lambda: 0.23 - (radius - 0.72).abs(),
         lambda: 0.8 - torch.maximum(x.abs(), y.abs()),
         lambda: polygon(3),
-        lambda: torch.maximum(
-            torch.minimum(0.95 - x.abs(), 0.3 - y.abs()), torch.minimum(0.3 - x.abs(), 0.95 - y.abs())
-        ),
+        lambda: torch.maximum(torch.minimum(0.95 - x.abs(), 0.3 - y.abs()), torch.minimum(0.3 - x.abs(), 0.95 - y.abs())),
         lambda: (0.67 + 0.28 * torch.cos(5 * (angle + math.pi / 2)) - radius) * 0.6,
         lambda: torch.minimum(0.9 - x.abs(), 0.28 - (y.abs() - 0.55).abs()),
         lambda: torch.minimum(0.95 - ((y - 0.4).square() + x * x).sqrt(), 0.4 - y),
@@ -354,9 +348,7 @@ def load_data(
     """Training and validation images. `data` has train/ and perhaps val/, or is any tree of images, or torchvision's CIFAR."""
     if dataset == "shapes":
         if data is not None:
-            fail(
-                "the recipe shapes draws its images; for a folder of images choose another --recipe, or --dataset folder"
-            )
+            fail("the recipe shapes draws its images; for a folder of images choose another --recipe, or --dataset folder")
         splits = [draw_shapes(seed, range(start, start + n)) for start, n in ((0, 6000), (1_000_000, 1000))]
         return tuple(Images(pixels.to(device), None, labels, SHAPES) for pixels, labels in splits)
     if not data:
@@ -367,11 +359,7 @@ def load_data(
     if (root / "val").is_dir() and not (root / "train").is_dir():
         fail(f"{root} has a val/ but no train/")
     if not (root / "train").is_dir():
-        return (
-            load_cifar(dataset, root, device)
-            if dataset != "folder"
-            else (load_folder(root, device, cache_mb, skip), None)
-        )
+        return load_cifar(dataset, root, device) if dataset != "folder" else (load_folder(root, device, cache_mb, skip), None)
     train = load_folder(root / "train", device, cache_mb, skip)
     val = load_folder(root / "val", device, cache_mb) if (root / "val").is_dir() else None
     if val and (len(val) < 2 or not val.classes):
@@ -394,16 +382,9 @@ def load_cifar(dataset: str, root: Path, device: torch.device) -> tuple[Images, 
             dist.barrier()
         splits = [kind(root, train=train) for train in (True, False)]
     except (OSError, RuntimeError) as error:
-        fail(
-            f"--data {root} has neither train/ nor {dataset} in torchvision's format, and its download failed: {error}"
-        )
+        fail(f"--data {root} has neither train/ nor {dataset} in torchvision's format, and its download failed: {error}")
     return tuple(
-        Images(
-            torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous().to(device),
-            None,
-            torch.tensor(s.targets),
-            s.classes,
-        )
+        Images(torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous().to(device), None, torch.tensor(s.targets), s.classes)
         for s in splits
     )
 
@@ -559,9 +540,7 @@ class RandomCrops:
     def __call__(self, image: Tensor, key: tuple[int, int]) -> list[Tensor]:
         sizes = self.recipe.view_sizes
         u = [torch.rand(10, 4, generator=rng(self.seed, "crop", *key, v)) for v in range(len(sizes))]
-        boxes = (
-            crop_boxes(*image.shape[1:], crop_scales(self.recipe), torch.stack(u)).int().tolist()
-        )  # of all views at once
+        boxes = crop_boxes(*image.shape[1:], crop_scales(self.recipe), torch.stack(u)).int().tolist()  # of all views at once
         mode = TF.InterpolationMode(self.recipe.interpolation)
         return [TF.resized_crop(image, *box, [s, s], mode, antialias=True) for box, s in zip(boxes, sizes)]
 
@@ -835,9 +814,7 @@ def nearest(
         for first in range(0, n, chunk):
             x = bank[first : first + chunk].to(device).float()
             square = x.square().sum(1)
-            found = torch.cat(
-                [near, torch.addmm(square, q, x.mT, alpha=-2)], dim=1
-            )  # distance^2 less that of the query
+            found = torch.cat([near, torch.addmm(square, q, x.mT, alpha=-2)], dim=1)  # distance^2 less that of the query
             which = torch.cat([which, torch.arange(first, first + len(x), device=device).expand(len(q), -1)], dim=1)
             near, order = found.topk(min(few, found.shape[1]), largest=False)
             which, longest = which.gather(1, order), max(longest, square.max().item())
@@ -888,9 +865,7 @@ def save_atomically(data, path: Path):
 def load_checkpoint(path: Path) -> dict:
     """A file of tensors and primitives; anything else is refused, and nothing in it is executed."""
     try:
-        with torch.serialization.safe_globals(
-            [argparse.Namespace]
-        ):  # others keep their flags so; it holds values alone
+        with torch.serialization.safe_globals([argparse.Namespace]):  # others keep their flags so; it holds values alone
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         fail(
@@ -935,9 +910,7 @@ class Log:
 def alarm(ranks: list[float], score: float, least: float) -> str | None:
     """Collapse, announced: the embedding's effective rank after the last epochs, the score, and that of a collapse."""
     if score < least + 0.05 * (1 - least):
-        return (
-            f"the spectral score {score:.3f} is near its least value {least:.3f}: one direction holds all the variance"
-        )
+        return f"the spectral score {score:.3f} is near its least value {least:.3f}: one direction holds all the variance"
     last = ranks[-4:]
     if len(last) == 4 and all(a > b for a, b in zip(last, last[1:])) and last[-1] < 0.7 * last[0]:
         return f"the embedding's effective rank falls steadily: {', '.join(f'{r:.1f}' for r in last)}"
@@ -988,12 +961,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Recipe]:
     add("--fresh", action="store_true", help="start over; an earlier run is kept under another name")
     add("--max-steps", type=int, help="stop after this many steps of the schedule")
     add("--benchmark", type=int, metavar="N", help="time N steps, their parts and the input, and write nothing")
-    add(
-        "--workers",
-        type=int,
-        default=min(8, os.cpu_count() or 1),
-        help="processes that decode images, for each process",
-    )
+    add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that decode images, for each process")
     add("--cache-mb", type=int, default=1024, help="keep images of one size in memory up to this many MiB")
     add("--skip-unreadable", action="store_true", help="count unreadable training images and go on without them")
     add("--log-every", type=int, default=10, help="steps between two lines")
@@ -1014,9 +982,7 @@ def check(recipe: Recipe, args: argparse.Namespace):
     """Whatever can be known to be wrong before any work is done."""
     world, views = rank_and_world()[1], len(recipe.view_sizes)
     least = {"epochs": 1, "hidden": 1, "out": 2, "batch_size": 2, "warmup_epochs": 0, "base_lr": 0, "log_every": 1}
-    for name, value in (
-        least | {"save_every": 1, "knn_images": 0, "workers": 0, "max_steps": 1, "benchmark": 1}
-    ).items():
+    for name, value in (least | {"save_every": 1, "knn_images": 0, "workers": 0, "max_steps": 1, "benchmark": 1}).items():
         given = getattr(recipe, name, getattr(args, name, None))
         if given is not None and given < value:
             fail(f"--{name.replace('_', '-')} must be at least {value}, got {given}")
@@ -1043,9 +1009,7 @@ def check(recipe: Recipe, args: argparse.Namespace):
     if recipe.batch_size % world:
         below = recipe.batch_size // world * world
         near = f"{below} or {below + world}" if below else world
-        fail(
-            f"--batch-size {recipe.batch_size}, the global batch, is not divisible by {world} processes; {near} would be"
-        )
+        fail(f"--batch-size {recipe.batch_size}, the global batch, is not divisible by {world} processes; {near} would be")
     if recipe.batch_size // world < 2:
         fail(f"--batch-size {recipe.batch_size} on {world} processes: BatchNorm needs at least 2 images on each")
     if views < 2:
@@ -1142,9 +1106,7 @@ class Trainer:
         self.recipe, self.steps, self.seed, self.device, self.dtype = recipe, steps, seed, device, dtype
         network = network.to(device, memory_format=torch.channels_last)
         teacher = copy.deepcopy(network).requires_grad_(False) if recipe.ema is not None else None
-        if (
-            rank_and_world()[1] > 1 and device.type == "cuda"
-        ):  # SyncBatchNorm is for GPUs; a CPU normalises its own share
+        if rank_and_world()[1] > 1 and device.type == "cuda":  # SyncBatchNorm is for GPUs; a CPU normalises its own share
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
             teacher = nn.SyncBatchNorm.convert_sync_batchnorm(teacher) if teacher else None
         if compile:
@@ -1185,10 +1147,7 @@ class Trainer:
 
     def state_dict(self) -> dict:
         state = {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
-        return state | {
-            "scaler": self.scaler.state_dict(),
-            "teacher": self.teacher.state_dict() if self.teacher else None,
-        }
+        return state | {"scaler": self.scaler.state_dict(), "teacher": self.teacher.state_dict() if self.teacher else None}
 
     def load_state_dict(self, state: dict):
         self.network.load_state_dict(state["network"])
@@ -1416,9 +1375,7 @@ def main(argv: list[str] | None = None):
         if log:
             log.write(f"epoch {step / steps:.2f}/{recipe.epochs}  {text}", **numbers)
             if embedding is not None:
-                log.board.add_histogram(
-                    "log10 of the embedding's eigenvalues", spectrum(z).clamp_min(1e-12).log10(), step
-                )
+                log.board.add_histogram("log10 of the embedding's eigenvalues", spectrum(z).clamp_min(1e-12).log10(), step)
         return numbers.get("knn_top1")
 
     def save():
@@ -1426,13 +1383,10 @@ def main(argv: list[str] | None = None):
             try:
                 state = {"config": config, "step": step, "history": history} | trainer.state_dict()
                 save_atomically(state, folder / "checkpoint.pt")
-                save_atomically(
-                    {k: v.cpu().contiguous() for k, v in backbone.state_dict().items()}, folder / "backbone.pt"
-                )
+                save_atomically({k: v.cpu().contiguous() for k, v in backbone.state_dict().items()}, folder / "backbone.pt")
             except (OSError, RuntimeError) as error:
                 fail(
-                    f"{folder} cannot be written: {error}. Its checkpoint.pt is complete, if perhaps an older one",
-                    alone=True,
+                    f"{folder} cannot be written: {error}. Its checkpoint.pt is complete, if perhaps an older one", alone=True
                 )
 
     interrupts = Interrupts()
