@@ -5,6 +5,7 @@ once with the official release, torchvision's per-image functions, one process i
 """
 
 import argparse
+import colorsys
 import json
 import math
 import os
@@ -755,6 +756,43 @@ def test_crops_are_distributed_as_torchvisions(height, width, scale):
         assert (torch.searchsorted(a, at) - torch.searchsorted(b, at)).abs().max() < 0.0195 * n
 
 
+def test_augmentation_is_drawn_as_published():
+    """20,000 draws of pictures of two columns: how often each operation happens, and the jitter's strengths, read off the pixels."""
+    n, generator = 20_000, torch.Generator().manual_seed(0)
+    picture = torch.tensor([[0.6, 0.5], [0.4, 0.3], [0.2, 0.4]])[:, None].repeat(1, 2, 1)  # (3, 2, 2)
+    x, u = picture.expand(n, 3, 2, 2), torch.rand(n, 10, generator=generator)
+    off = {"jitter_prob": 0.0, "gray": 0.0, "blur": (0.0,), "solarize": (0.0,)}
+    u_still = torch.cat([u[:, :9], torch.ones(n, 1)], dim=1)  # not flipped
+
+    def seen(u=u_still, order=(0, 1, 2, 3), **changes):
+        recipe = train.Recipe(**(off | changes))
+        return unnormalize(train.augment(x, u, list(order), recipe, 0))
+
+    def share(changed):  # of a probability, within 4 standard errors
+        return pytest.approx(changed.float().mean().item(), abs=4 * (0.25 / n) ** 0.5)
+
+    different = lambda y: ((y - picture).abs() > 1e-4).flatten(1).any(1)
+    assert share(different(seen(u=u))) == 0.5  # flip
+    assert share(different(seen(gray=0.2))) == 0.2
+    assert share(different(seen(blur=(0.1,)))) == 0.1
+    assert share(different(seen(solarize=(0.2,), solarize_threshold=100))) == 0.2
+    light = lambda y: (y * torch.tensor([0.2989, 0.587, 0.114])[:, None, None]).sum(1)
+    hue = lambda y: torch.tensor([colorsys.rgb_to_hsv(*rgb)[0] for rgb in y[:, :, 0, 0].tolist()])
+    strengths = [
+        ((0.4, 0, 0, 0), lambda y: y[:, 0, 0, 0] / 0.6 - 1),
+        ((0, 0.4, 0, 0), lambda y: (light(y).diff(dim=-1) / light(picture[None]).diff(dim=-1))[:, 0, 0] - 1),
+        ((0, 0, 0.2, 0), lambda y: (y[:, 0] - light(y))[:, 0, 0] / (picture[0] - light(picture[None])[0])[0, 0] - 1),
+        ((0, 0, 0, 0.1), lambda y: (hue(y) - hue(picture[None]) + 0.5) % 1 - 0.5),
+    ]
+    for jitter, measure in strengths:
+        y = seen(jitter_prob=0.8, jitter=jitter)
+        on, largest = different(y), max(jitter)
+        assert share(on) == pytest.approx(0.8, abs=0.01)
+        values = measure(y[on]).double().sort().values  # uniform from -largest to largest, by Kolmogorov and Smirnov
+        uniform = torch.linspace(-largest, largest, len(values), dtype=torch.float64)
+        assert (values - uniform).abs().max() < 0.0155 * 2 * largest
+
+
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory):
     """train/ and val/ with three classes of small pictures of different sizes, and as many of one size."""
@@ -1002,6 +1040,17 @@ def test_two_processes_train_and_evaluate(kind, cache, photos, tmp_path):
     run = run_script("train.py", *TINY, *flags, processes=2)
     assert run.returncode == 0, run.stderr
     assert "on 2 process(es)" in run.stdout and "after 2 epochs" in run.stdout
+
+
+@pytest.mark.parametrize("kind", ["same", "mixed"])
+def test_benchmark_of_a_step_writes_nothing(kind, photos, tmp_path, capsys):
+    arguments = [*TINY, "--data", str(photos / kind), "--cache-mb", "0" if kind == "mixed" else "9"]
+    train.main([*arguments, "--output", str(tmp_path / "run"), "--benchmark", "2"])
+    text = capsys.readouterr().out
+    for part in ("whole step", "backbone and projector", "loss", "input", "update and rest"):
+        assert re.search(rf"^{part} +-?\d+\.\d +-?\d+\.\d %$", text, re.M), text
+    assert "images/s; an epoch of 3 steps" in text and "the published augmentation in PIL" in text
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("flags", ["--loss iternorm", "--loss whiten --orthogonality so", "--loss power:0.45 --axis batch",
@@ -1345,10 +1394,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(photos, tmp_path, capsys):
     assert stopped.value.code == 2 and "not finite at step" in capsys.readouterr().err
 
 
-def test_readme_commands_parse():
-    """Every command of the README, by the scripts' own parsers; the two first ones are complete."""
+def test_documented_commands_parse():
+    """Every command of the README and of the scripts' own descriptions, by the scripts' parsers."""
+    scripts_of = {"train.py": train, "linear_eval.py": linear_eval, "detect_transfer.py": detect_transfer}
     text = (HERE / "README.md").read_text()
     blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.S)).replace("\\\n", " ")
+    described = [line for script in scripts_of.values() for line in script.__doc__.splitlines() if line.startswith("    ")]
+    blocks += "\n" + "\n".join(line for line in described if re.match(r" +(python|torchrun|mkdir) ", line))
     commands = [c.strip() for line in blocks.splitlines() for c in line.split("#")[0].split("&&") if c.strip()]
     seen = set()
     for command in commands:
@@ -1360,10 +1412,10 @@ def test_readme_commands_parse():
             if script == "intl.py":
                 assert set(arguments) <= {"--plot", "--benchmark"} or arguments[0] == "--plot", command
             else:
-                {"train.py": train, "linear_eval.py": linear_eval}[script].parse(arguments)
+                scripts_of[script].parse(arguments)
         else:
             assert words[0] in ("git", "cd", "python3", ".", "pip", "pytest", "mkdir", "tensorboard"), command
-    assert seen == {"intl.py", "train.py", "linear_eval.py"}
+    assert seen == {"intl.py", *scripts_of}
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -1873,6 +1925,30 @@ def test_bad_detection_commands_fail_with_one_clear_line(finished, scenes, tmp_p
 @pytest.mark.parametrize("flags", ["", "--precision float16", "--compile", "--ema 0.9 --view-sizes 16 16 12 --solarize 0.1"])
 def test_gpu_takes_steps(flags, photos, tmp_path, capsys):
     train.main([*TINY, "--data", str(photos / "same"), "--output", str(tmp_path / "run"), "--max-steps", "4", *flags.split()])
+    assert "cuda" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_gpu_step_never_waits_for_the_device(photos):
+    recipe = train.Recipe(batch_size=8, view_sizes=(16, 16), stem="cifar", hidden=16, out=24)
+    device = torch.device("cuda")
+    images, _ = train.load_data("folder", str(photos / "same"), 0, device)
+    trainer = train.Trainer(recipe, train.Network(recipe), 6, 0, device, torch.bfloat16)
+    views = train.training_views(images, recipe, 0, 0, 0, device)
+    trainer.step(next(views), 0)
+    batch = next(views)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainer.step(batch, 1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_gpu_detects(precision, finished, scenes, tmp_path, capsys):
+    flags = ["--data", str(scenes), "--checkpoint", str(finished[0] / "checkpoint.pt"), "--output", str(tmp_path / "run")]
+    detect_transfer.main([*SMALL, *flags, "--precision", precision])
     assert "cuda" in capsys.readouterr().out
 
 
