@@ -1,6 +1,6 @@
 """Fine-tune a pretrained ResNet for COCO detection and instance segmentation, with torchvision's detection parts.
 
-    python detect_transfer.py                                            # shapes with boxes and masks, runs/shapes
+    python detect_transfer.py                                            # on shapes with boxes and masks, from runs/shapes
     python detect_transfer.py --random                                   # the same from random weights, for comparison
     torchrun --nproc_per_node 8 detect_transfer.py --recipe coco-2x --data /data/coco --checkpoint runs/imagenet/backbone.pt
     torchrun --nproc_per_node 8 detect_transfer.py --recipe coco-1x --data /data/coco --checkpoint resnet50.pth --model fpn
@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -27,7 +28,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 import torchvision
+from PIL import Image
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -39,7 +42,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
-from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 from torchvision.ops import FrozenBatchNorm2d, roi_align
 
 from linear_eval import Checkpoint, read_checkpoint
@@ -55,6 +58,7 @@ from train import (
     choose_device,
     choose_precision,
     claim,
+    compare_steps,
     decode,
     fail,
     flag,
@@ -164,10 +168,50 @@ def measured(mask: Tensor) -> dict:
     return {"segmentation": runs, "bbox": rle.toBbox(runs).tolist(), "area": float(rle.area(runs))}
 
 
+def problem(content: dict, masks: bool) -> str | None:
+    """The first thing that is wrong with a COCO annotation file."""
+
+    def numbers(values, count: int) -> bool:
+        fine = isinstance(values, list) and len(values) >= count and all(isinstance(v, (int, float)) for v in values)
+        return fine and all(map(math.isfinite, values))
+
+    images, categories = ({entry["id"]: entry for entry in content[kind]} for kind in ("images", "categories"))
+    if len(images) < len(content["images"]) or len(categories) < len(content["categories"]):
+        return "an image id or a category id occurs twice"
+    for category in categories.values():
+        if not category.get("name"):
+            return f"category {category['id']} has no name"
+    for i, image in images.items():
+        if not isinstance(image["file_name"], str) or not all(isinstance(image[k], int) for k in ("height", "width")):
+            return f"image {i} needs a file_name, and height and width as whole numbers"
+    for annotation in content["annotations"]:
+        name = f"annotation {annotation.get('id')}"
+        for key in ("image_id", "category_id", "bbox", "area"):
+            if key not in annotation:
+                return f"{name} has no {key}"
+        if annotation["image_id"] not in images:
+            return f"{name} is of image {annotation['image_id']}, which is not listed"
+        if annotation["category_id"] not in categories:
+            return f"{name} has the unknown category {annotation['category_id']}"
+        if not numbers(annotation["bbox"], 4) or len(annotation["bbox"]) > 4 or not numbers([annotation["area"]], 1):
+            return f"{name} needs a bbox of four numbers and an area, and has {annotation['bbox']} and {annotation['area']}"
+        image, outline = images[annotation["image_id"]], annotation.get("segmentation")
+        if isinstance(outline, dict):
+            runs, size = outline.get("counts"), [image["height"], image["width"]]
+            usable = outline.get("size") == size and (
+                isinstance(runs, str) or numbers(runs, 1) and sum(runs) == math.prod(size)
+            )
+        else:
+            usable = bool(outline) and all(numbers(polygon, 6) and len(polygon) % 2 == 0 for polygon in outline)
+        if masks and not usable:
+            return f"{name} has no usable segmentation: polygons, or runs of its image's size. --no-masks trains boxes alone"
+    return None
+
+
 class CocoImages(torch.utils.data.Dataset):
-    """Images and targets of a COCO annotation file: boxes (n, 4) as x1 y1 x2 y2, labels from 1 on in the order of the
-    category ids, masks (n, h, w). Crowd regions and boxes of less than a pixel are left out. Everything that can be
-    checked without opening the images is checked here."""
+    """Images of a COCO annotation file; for training also targets: boxes (n, 4) as x1 y1 x2 y2, labels from 1 on in the order
+    of the category ids, masks (n, h, w). Crowd regions and boxes of less than a pixel are left out. What can be checked
+    before the work is checked here: the whole file, that the images exist, and of those for validation the sizes."""
 
     def __init__(self, folder: Path, annotations: Path, masks: bool, training: bool, seed: int = 0):
         if not annotations.is_file():
@@ -175,42 +219,53 @@ class CocoImages(torch.utils.data.Dataset):
         if not folder.is_dir():
             fail(f"{folder}: no such folder")
         try:
-            with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-                self.coco = COCO(annotations)
-            content = self.coco.dataset
-            records = {image["id"]: (image["file_name"], image["height"], image["width"]) for image in content["images"]}
-            nameless = [c["id"] for c in content["categories"] if not c.get("name")]
-            self.category_ids = sorted(c["id"] for c in content["categories"])
-            for annotation in content["annotations"]:
-                for key in ("id", "image_id", "category_id", "bbox", "area", *(["segmentation"] if masks else [])):
-                    if key not in annotation:
-                        fail(f"{annotations}: annotation {annotation.get('id')} has no {key}")
-                if annotation["image_id"] not in records:
-                    fail(
-                        f"{annotations}: annotation {annotation['id']} is of image {annotation['image_id']}, which is not listed"
-                    )
-                if annotation["category_id"] not in self.coco.cats:
-                    fail(f"{annotations}: annotation {annotation['id']} has the unknown category {annotation['category_id']}")
-        except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+            content = json.loads(annotations.read_text())
+            wrong = problem(content, masks)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             fail(f"{annotations} is no COCO annotation file: {type(error).__name__} {error}")
-        if nameless:
-            fail(f"{annotations}: category {nameless[0]} has no name")
+        if wrong:
+            fail(f"{annotations}: {wrong}")
+        for i, annotation in enumerate(content["annotations"], start=1):
+            annotation["id"] = i  # COCOeval takes 0 for no match, and wants each once
+            annotation.setdefault("iscrowd", 0)
+        self.coco = COCO()
+        self.coco.dataset = content
+        with silence():
+            self.coco.createIndex()
         self.folder, self.masks, self.training, self.seed, self.annotations = folder, masks, training, seed, annotations
-        self.names = [self.coco.cats[c]["name"] for c in self.category_ids]
-        present = {str(p.relative_to(folder)) for p in folder.rglob("*")}
-        missing = [name for name, _, _ in records.values() if name not in present]
+        self.category_ids = sorted(self.coco.cats)
+        self.names = [str(self.coco.cats[c]["name"]) for c in self.category_ids]
+        self.ids = sorted(self.coco.imgs)
+        missing = [name for name in (self.coco.imgs[i]["file_name"] for i in self.ids) if not (folder / name).is_file()]
         if missing:
             fail(
-                f"{annotations} names {missing[0]}, which is not in {folder}; {len(missing)} of {len(records)} images are missing"
+                f"{annotations} names {missing[0]}, which is not in {folder}; {len(missing)} of {len(self.ids)} images are missing"
             )
-        self.ids = sorted(records)
         if training:  # as published, images without objects train nothing
             self.ids = [i for i in self.ids if self.objects(i)]
+        else:
+            for i in self.ids:
+                try:
+                    with Image.open(self.path(i)) as image:
+                        width, height = image.size
+                        turned = image.getexif().get(0x0112, 1) >= 5  # EXIF's orientation: on its side
+                except OSError:
+                    fail(f"{self.path(i)} is no image that can be read")
+                self.check_size(i, *((width, height) if turned else (height, width)))
         if not self.ids:
             fail(f"{annotations} holds no images{' with objects' if training else ''}")
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def path(self, image_id: int) -> Path:
+        return self.folder / self.coco.imgs[image_id]["file_name"]
+
+    def check_size(self, image_id: int, height: int, width: int):
+        record = self.coco.imgs[image_id]
+        if (height, width) != (record["height"], record["width"]):
+            fail(f"{self.path(image_id)} has {width} x {height} pixels, but {self.annotations} says "
+                 f"{record['width']} x {record['height']}", alone=True)  # fmt: skip
 
     def objects(self, image_id: int) -> list[dict]:
         """Its annotations that train: no crowds, and a pixel at least in each direction inside the image."""
@@ -219,66 +274,76 @@ class CocoImages(torch.utils.data.Dataset):
         def trains(annotation: dict) -> bool:
             x, y, w, h = annotation["bbox"]
             inside = min(x + w, width) - max(x, 0) >= 1 and min(y + h, height) - max(y, 0) >= 1
-            return inside and not annotation.get("iscrowd")
+            return inside and not annotation["iscrowd"]
 
         return [a for a in self.coco.imgToAnns[image_id] if trains(a)]
 
-    def __getitem__(self, key) -> tuple[Tensor, dict]:  # key: an index, or (position in the schedule, index)
-        index = key if isinstance(key, int) else key[1]
-        record, objects = self.coco.imgs[self.ids[index]], self.objects(self.ids[index])
-        image = decode(self.folder / record["file_name"])
-        height, width = record["height"], record["width"]
-        if image.shape[1:] != (height, width):
-            raise UnreadableImage(
-                f"{self.folder / record['file_name']} has {image.shape[2]} x {image.shape[1]} pixels, but {self.annotations} "
-                f"says {width} x {height}"
-            )
+    def target(self, image_id: int) -> dict[str, Tensor]:
+        height, width = self.coco.imgs[image_id]["height"], self.coco.imgs[image_id]["width"]
+        objects = self.objects(image_id)
         boxes = torch.tensor([a["bbox"] for a in objects], dtype=torch.float32).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
-        boxes = boxes.clamp(min=0).minimum(torch.tensor([width, height, width, height]))
-        labels = torch.tensor([self.category_ids.index(a["category_id"]) + 1 for a in objects], dtype=torch.int64)
-        target = {"boxes": boxes, "labels": labels, "image_id": self.ids[index]}
+        target = {"boxes": boxes.clamp(min=0).minimum(torch.tensor([width, height, width, height]))}
+        target["labels"] = torch.tensor([self.category_ids.index(a["category_id"]) + 1 for a in objects], dtype=torch.int64)
         if self.masks:
             masks = [torch.from_numpy(self.coco.annToMask(a)) for a in objects]
             target["masks"] = torch.stack(masks) if masks else torch.zeros(0, height, width, dtype=torch.uint8)
-        if self.training and torch.rand((), generator=rng(self.seed, "flip", key[0])) < 0.5:
-            x1, y1, x2, y2 = boxes.unbind(1)
-            image, target["boxes"] = image.flip(-1), torch.stack([width - x2, y1, width - x1, y2], dim=1)
+        return target
+
+    def __getitem__(self, key):
+        """index -> image, image id; for training (position in the schedule, index) -> image, target, flipped or not."""
+        image_id = self.ids[key[1] if self.training else key]
+        image = decode(self.path(image_id), upright=True)
+        if not self.training:
+            return image, image_id
+        if image.shape[1:] != (self.coco.imgs[image_id]["height"], self.coco.imgs[image_id]["width"]):
+            raise UnreadableImage(f"{self.path(image_id)} has {image.shape[2]} x {image.shape[1]} pixels, but {self.annotations} "
+                                  "says otherwise")  # fmt: skip
+        target = self.target(image_id)
+        if torch.rand((), generator=rng(self.seed, "flip", key[0])) < 0.5:
+            x1, y1, x2, y2 = target["boxes"].unbind(1)
+            image, target["boxes"] = image.flip(-1), torch.stack([image.shape[2] - x2, y1, image.shape[2] - x1, y2], dim=1)
             if self.masks:
                 target["masks"] = target["masks"].flip(-1)
         return image, target
 
 
+@contextlib.contextmanager
+def silence():
+    """pycocotools prints its progress."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
+
+
 def find_data(args: argparse.Namespace) -> dict[str, tuple[Path, Path]]:
-    """For train and val the folder of images and the annotation file."""
-    if not args.data:
-        paths = {s: (getattr(args, f"{s}_images"), getattr(args, f"{s}_annotations")) for s in ("train", "val")}
-        if all(map(all, paths.values())):
-            return {split: (Path(images), Path(annotations)) for split, (images, annotations) in paths.items()}
-        if any(map(any, paths.values())):
-            fail("--train-images, --train-annotations, --val-images and --val-annotations go together")
+    """For train and val the folder of images and the annotation file: as given one by one, or found in --data."""
+    given = {(s, kind): getattr(args, f"{s}_{kind}") for s in ("train", "val") for kind in ("images", "annotations")}
+    root = Path(args.data or "runs/shapes_coco")
+    if not args.data and not any(given.values()):
         if args.recipe != "shapes":
             fail(f"--recipe {args.recipe} needs --data FOLDER")
-        root = Path("runs/shapes_coco")
-        counts, done = {"train": 400, "val": 100}, root / "annotations" / "instances_val.json"  # written last
-        if not done.exists() and rank_and_world()[0] == 0:
+        if not (root / "annotations" / "instances_val.json").exists() and rank_and_world()[0] == 0:  # written last
             say(f"drawing shapes with boxes and masks into {root}")
-            write_shapes(root, seed=0, counts=counts)
+            write_shapes(root, seed=0, counts={"train": 400, "val": 100})
         if dist.is_initialized():
             dist.barrier()
-    root, found = Path(args.data or "runs/shapes_coco"), {}
-    if not root.is_dir():
+    elif not args.data and not all(given.values()):
+        fail("without --data, --train-images, --train-annotations, --val-images and --val-annotations go together")
+    elif args.data and not root.is_dir():
         fail(f"--data {root}: no such folder")
-    for split in ("train", "val"):
+    found = {}
+    for (split, kind), path in given.items():
         names = [split, f"{split}2017", f"{split}2014"]
-        annotations = [root / "annotations" / f"instances_{name}.json" for name in names]
-        images = [root / name for name in names] + [root / "images" / name for name in names]
-        for kind, paths in (("annotations", annotations), ("images", images)):
-            if not any(path.exists() for path in paths):
-                tried = ", ".join(str(path.relative_to(root)) for path in paths)
-                fail(f"{root} has no {kind} for {split}: tried {tried}. --{split}-{kind} names them")
-        found[split] = tuple(next(p for p in paths if p.exists()) for paths in (images, annotations))
-    return found
+        if kind == "annotations":
+            places = [root / "annotations" / f"instances_{name}.json" for name in names]
+        else:
+            places = [root / name for name in names] + [root / "images" / name for name in names]
+        places = [Path(path)] if path else [place for place in places if place.exists()] or places
+        if not places[0].exists():
+            tried = ", ".join(map(str, places))
+            fail(f"no {kind} for {split}: tried {tried}. --{split}-{kind} names them")
+        found[split, kind] = places[0]
+    return {split: (found[split, "images"], found[split, "annotations"]) for split in ("train", "val")}
 
 
 class Stream:
@@ -346,6 +411,16 @@ class AlignedRoIs(nn.Module):
         return roi_align(features["0"], boxes, self.size, 1 / self.stride, sampling_ratio=0, aligned=True)
 
 
+class L1Proposals(RegionProposalNetwork):
+    """With the published L1 loss of the boxes, where torchvision has a smooth one."""
+
+    def compute_loss(self, objectness, deltas, labels, targets):
+        positive, negative = (torch.cat(chosen).nonzero()[:, 0] for chosen in self.fg_bg_sampler(labels))
+        sampled, labels, targets = torch.cat([positive, negative]), torch.cat(labels), torch.cat(targets)
+        box = F.l1_loss(deltas[positive], targets[positive], reduction="sum") / len(sampled)
+        return F.binary_cross_entropy_with_logits(objectness.flatten()[sampled], labels[sampled]), box
+
+
 class C4Heads(roi_heads.RoIHeads):
     """Boxes and masks from the same res5 features: run once in training, where the masks' regions are among the boxes';
     once more on the detected boxes in the evaluation."""
@@ -354,18 +429,21 @@ class C4Heads(roi_heads.RoIHeads):
         if self.training:
             proposals, matched, labels, regression = self.select_training_samples(proposals, targets)
         shared = self.box_head(self.box_roi_pool(features, proposals, image_shapes))  # (n, width, 7, 7)
-        logits, deltas = self.box_predictor(shared.mean((2, 3)))
+        logits, deltas = self.box_predictor(shared.mean((2, 3)))  # (n, classes), (n, 4 classes)
         if self.training:
-            names = ("loss_classifier", "loss_box_reg")
-            losses = dict(zip(names, roi_heads.fastrcnn_loss(logits, deltas, labels, regression)))
+            kinds, inside = torch.cat(labels), [l > 0 for l in labels]
+            positive = torch.cat(inside)
+            own = deltas.view(len(deltas), -1, 4)[positive, kinds[positive]]  # (positives, 4)
+            box = F.l1_loss(own, torch.cat(regression)[positive], reduction="sum") / len(kinds)
+            losses = {"loss_classifier": F.cross_entropy(logits, kinds), "loss_box_reg": box}
             if self.mask_predictor is not None:
-                inside = [l > 0 for l in labels]
-                losses["loss_mask"] = roi_heads.maskrcnn_loss(
-                    self.mask_predictor(shared[torch.cat(inside)]),  # (positives, classes, 14, 14)
-                    [p[i] for p, i in zip(proposals, inside)],
-                    [t["masks"] for t in targets],
-                    [t["labels"] for t in targets],
-                    [m[i] for m, i in zip(matched, inside)],
+                own = self.mask_predictor(shared[positive])[
+                    range(int(positive.sum())), kinds[positive]
+                ]  # (positives, 14, 14)
+                boxes, truths = [p[i] for p, i in zip(proposals, inside)], [m[i] for m, i in zip(matched, inside)]
+                wanted = [crop_masks(t["masks"][i], b, own.shape[-1]) for t, i, b in zip(targets, truths, boxes)]
+                losses["loss_mask"] = (
+                    F.binary_cross_entropy_with_logits(own, torch.cat(wanted)) if len(own) else 0 * own.sum()
                 )
             return [], losses
         found = zip(*self.postprocess_detections(logits, deltas, proposals, image_shapes))
@@ -379,6 +457,36 @@ class C4Heads(roi_heads.RoIHeads):
         return result, {}
 
 
+def crop_masks(masks: Tensor, boxes: Tensor, size: int) -> Tensor:
+    """What a mask head should say: masks (n, h, w) inside boxes (n, 4), as 0 or 1 (n, size, size)."""
+    rois = torch.cat([torch.arange(len(boxes), device=boxes.device)[:, None].to(boxes), boxes], dim=1)
+    return (roi_align(masks[:, None].float(), rois, size, aligned=True)[:, 0] >= 0.5).float()
+
+
+def paste_masks(masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor:
+    """Probabilities (n, 1, s, s) inside boxes (n, 4) -> (n, height, width) bool, sampled at the pixels' centres."""
+    x1, y1, x2, y2 = boxes[:, :, None].unbind(1)  # (n, 1)
+    x = (torch.arange(width, device=boxes.device) + 0.5 - x1) / (x2 - x1) * 2 - 1  # (n, width), -1 to 1 in the box
+    y = (torch.arange(height, device=boxes.device) + 0.5 - y1) / (y2 - y1) * 2 - 1
+    whole = torch.zeros(len(boxes), height, width, dtype=torch.bool, device=boxes.device)
+    for i in range(len(boxes)):  # one at a time: a hundred large ones are gigabytes
+        grid = torch.stack(torch.meshgrid(x[i], y[i], indexing="xy"), dim=-1)[None]  # (1, height, width, 2)
+        whole[i] = F.grid_sample(masks[i : i + 1], grid, align_corners=False)[0, 0] >= 0.5
+    return whole
+
+
+class Transform(GeneralizedRCNNTransform):
+    """torchvision's, but masks are pasted without rounding the boxes to whole pixels."""
+
+    def postprocess(self, result, image_shapes, original_image_sizes):
+        if not self.training:
+            for found, shape, (height, width) in zip(result, image_shapes, original_image_sizes):
+                found["boxes"] = resize_boxes(found["boxes"], shape, (height, width))
+                if "masks" in found:
+                    found["masks"] = paste_masks(found["masks"], found["boxes"], height, width)
+        return result
+
+
 def build_detector(recipe: Recipe, checkpoint: Checkpoint, random: bool, classes: int, dtype: torch.dtype) -> GeneralizedRCNN:
     """`classes`: with the background. The backbone's weights are the checkpoint's, or random."""
     if not checkpoint.arch.startswith(("resn", "wide_resnet")):
@@ -386,54 +494,52 @@ def build_detector(recipe: Recipe, checkpoint: Checkpoint, random: bool, classes
     resnet, width = build_backbone(checkpoint.arch, checkpoint.stem, checkpoint.size)
     if not random:
         resnet.load_state_dict(checkpoint.state)
-    stages = [nn.ModuleList([resnet.conv1, resnet.bn1]), resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4]
-    for stage in stages[: 5 - recipe.trainable_layers]:
-        stage.requires_grad_(False)
-    if recipe.norm == "frozen":
-        freeze_norms(resnet)
-    sides = {"min_size": recipe.short_sides, "max_size": recipe.long_side}
-    mean, std = MEAN_STD["folder"]
-    proposals = {
-        when: dict(zip(("training", "testing"), (train, test)))
-        for when, train, test in zip(("pre_nms_top_n", "post_nms_top_n"), recipe.train_proposals, recipe.test_proposals)
-    }
-    regions = {"batch_size_per_image": recipe.rois, "detections_per_img": recipe.detections}
-    ratios = (0.5, 1.0, 2.0)
+    stages = (("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",))
+    still = {name for stage in stages[: 5 - recipe.trainable_layers] for name in stage}
+    for name in still:
+        getattr(resnet, name).requires_grad_(False)
+    freeze_norms(resnet, None if recipe.norm == "frozen" else still)
+    mean, std = MEAN_STD[checkpoint.config.get("dataset", "folder")]
+    norm = None if recipe.norm == "frozen" else nn.BatchNorm2d
+    ratios, levels = (0.5, 1.0, 2.0), len(recipe.anchors)
     if recipe.model == "fpn":
         channels = [layer[0].conv1.in_channels for layer in (resnet.layer2, resnet.layer3, resnet.layer4)] + [width]
-        levels = {f"layer{i + 1}": str(i) for i in range(4)}
-        backbone = BackboneWithFPN(resnet, levels, channels, 256, norm_layer=nn.BatchNorm2d)
+        backbone = BackboneWithFPN(resnet, {f"layer{i + 1}": str(i) for i in range(4)}, channels, 256, norm_layer=norm)
         model = (MaskRCNN if recipe.masks else FasterRCNN)(
-            Float32(backbone, dtype), classes, image_mean=mean, image_std=std, **sides,
-            rpn_anchor_generator=AnchorGenerator(tuple((a,) for a in recipe.anchors), (ratios,) * len(recipe.anchors)),
-            **{f"rpn_{when}_{phase}".replace("training", "train").replace("testing", "test"): n
-               for when, counts in proposals.items() for phase, n in counts.items()},
-            **{f"box_{name}": n for name, n in regions.items()},
+            Float32(backbone, dtype), classes,
+            rpn_anchor_generator=AnchorGenerator(tuple((size,) for size in recipe.anchors), (ratios,) * levels),
+            rpn_pre_nms_top_n_train=recipe.train_proposals[0], rpn_post_nms_top_n_train=recipe.train_proposals[1],
+            rpn_pre_nms_top_n_test=recipe.test_proposals[0], rpn_post_nms_top_n_test=recipe.test_proposals[1],
+            box_batch_size_per_image=recipe.rois, box_detections_per_img=recipe.detections,
         )  # fmt: skip
     else:
-        backbone, head = Trunk(resnet), [resnet.layer4] + ([nn.BatchNorm2d(width)] if recipe.norm != "frozen" else [])
-        stride = 4 if checkpoint.stem == "cifar" else 16
-        rpn = RegionProposalNetwork(
-            AnchorGenerator((recipe.anchors,), (ratios,)), RPNHead(backbone.out_channels, 3 * len(recipe.anchors)),
+        backbone, head = Trunk(resnet), [resnet.layer4] + ([norm(width)] if norm else [])
+        rpn = L1Proposals(
+            AnchorGenerator((recipe.anchors,), (ratios,)), RPNHead(backbone.out_channels, 3 * levels),
             fg_iou_thresh=0.7, bg_iou_thresh=0.3, batch_size_per_image=256, positive_fraction=0.5, nms_thresh=0.7,
-            **proposals,
+            pre_nms_top_n={"training": recipe.train_proposals[0], "testing": recipe.test_proposals[0]},
+            post_nms_top_n={"training": recipe.train_proposals[1], "testing": recipe.test_proposals[1]},
         )  # fmt: skip
-        predictor = FastRCNNPredictor(width, classes)
-        nn.init.normal_(predictor.cls_score.weight, std=0.01)
-        nn.init.normal_(predictor.bbox_pred.weight, std=0.001)
+        boxes, masks = FastRCNNPredictor(width, classes), MaskRCNNPredictor(width, 256, classes) if recipe.masks else None
+        for layer, deviation in ((boxes.cls_score, 0.01), (boxes.bbox_pred, 0.001), (masks and masks.mask_fcn_logits, 0.001)):
+            if layer is not None:
+                nn.init.normal_(layer.weight, std=deviation)
+                nn.init.zeros_(layer.bias)
         heads = C4Heads(
-            AlignedRoIs(stride), Float32(nn.Sequential(*head), dtype), predictor,
-            fg_iou_thresh=0.5, bg_iou_thresh=0.5, positive_fraction=0.25, bbox_reg_weights=None, score_thresh=0.05,
-            nms_thresh=0.5, mask_predictor=MaskRCNNPredictor(width, 256, classes) if recipe.masks else None, **regions,
+            AlignedRoIs(4 if checkpoint.stem == "cifar" else 16), Float32(nn.Sequential(*head), dtype), boxes,
+            fg_iou_thresh=0.5, bg_iou_thresh=0.5, batch_size_per_image=recipe.rois, positive_fraction=0.25,
+            bbox_reg_weights=None, score_thresh=0.05, nms_thresh=0.5, detections_per_img=recipe.detections, mask_predictor=masks,
         )  # fmt: skip
-        transform = GeneralizedRCNNTransform(recipe.short_sides, recipe.long_side, mean, std)
-        model = GeneralizedRCNN(Float32(backbone, dtype), rpn, heads, transform)
+        model = GeneralizedRCNN(Float32(backbone, dtype), rpn, heads, None)
+    model.transform = Transform(recipe.short_sides, recipe.long_side, mean, std)
     return model
 
 
-def freeze_norms(module: nn.Module):
-    """BN becomes a fixed affine map by its statistics, which are the checkpoint's."""
+def freeze_norms(module: nn.Module, names: set[str] | None = None):
+    """BN, of all children or those with these names, becomes a fixed affine map by its statistics, the checkpoint's."""
     for name, child in module.named_children():
+        if names is not None and name not in names:
+            continue
         if isinstance(child, nn.BatchNorm2d):
             frozen = FrozenBatchNorm2d(child.num_features, eps=child.eps)
             frozen.load_state_dict(child.state_dict(), strict=False)
@@ -462,9 +568,9 @@ def predict(model: nn.Module, data: CocoImages, recipe: Recipe, device: torch.de
     model.eval()
     model.transform.min_size = (recipe.test_short_side,)
     results, mine = [], range(rank, len(data), world)
-    for image, target in read(data, workers, batch_size=None, sampler=list(mine)):
+    for image, image_id in read(data, workers, batch_size=None, sampler=list(mine)):
         (found,) = model([image.to(device).float() / 255])
-        results += as_results(found, target["image_id"], data)
+        results += as_results(found, image_id, data)
     model.transform.min_size = recipe.short_sides
     model.train()
     if world > 1:
@@ -474,7 +580,7 @@ def predict(model: nn.Module, data: CocoImages, recipe: Recipe, device: torch.de
 
 
 def as_results(found: dict[str, Tensor], image_id: int, data: CocoImages) -> list[dict]:
-    """Boxes (n, 4), labels, scores and mask probabilities (n, 1, h, w) as COCO's results."""
+    """Boxes (n, 4), labels, scores and masks (n, h, w) as COCO's results."""
     found = {name: value.cpu() for name, value in found.items()}
     boxes = torch.cat([found["boxes"][:, :2], found["boxes"][:, 2:] - found["boxes"][:, :2]], dim=1)
     results = [
@@ -482,7 +588,7 @@ def as_results(found: dict[str, Tensor], image_id: int, data: CocoImages) -> lis
         for label, score, box in zip(found["labels"].tolist(), found["scores"].tolist(), boxes.tolist())
     ]
     for result, mask in zip(results, found.get("masks", ())):
-        result["segmentation"] = encode_mask(mask[0] >= 0.5)
+        result["segmentation"] = encode_mask(mask)
     return results
 
 
@@ -491,12 +597,12 @@ def average_precision(data: CocoImages, results: list[dict], folder: Path) -> di
     results are written in COCO's format, for each kind a file of its own: with a box beside it, a mask's area would be
     the box's."""
     ap = {}
-    for kind, key, other in (("bbox", "bbox", "segmentation"), ("segm", "segmentation", "bbox"))[: 1 + data.masks]:
-        own = [{k: v for k, v in r.items() if k != other} for r in results if key in r]
+    for kind, _, other in (("bbox", "bbox", "segmentation"), ("segm", "segmentation", "bbox"))[: 1 + data.masks]:
+        own = [{k: v for k, v in r.items() if k != other} for r in results]
         save_atomically(json.dumps(own).encode(), folder / f"results_{kind}.json")
         ap[kind] = [0.0] * 6
         if own:
-            with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            with silence():
                 evaluation = COCOeval(data.coco, data.coco.loadRes(own), kind)
                 evaluation.params.imgIds = data.ids
                 evaluation.evaluate()
@@ -512,8 +618,7 @@ def draw_results(data: CocoImages, results: list[dict], path: Path, n: int = 6, 
     """A PNG: above the ground truth of n images, below what was found with a score of at least 0.5."""
     pictures = []
     for image_id in data.ids[:: max(1, len(data.ids) // n)][:n]:
-        image = decode(data.folder / data.coco.imgs[image_id]["file_name"])
-        truth = [a for a in data.coco.imgToAnns[image_id] if not a.get("iscrowd")]
+        image, truth = decode(data.path(image_id), upright=True), data.objects(image_id)
         found = [r for r in results if r["image_id"] == image_id and r["score"] >= 0.5]
         for objects in (truth, found):
             picture = image
@@ -530,7 +635,7 @@ def draw_results(data: CocoImages, results: list[dict], path: Path, n: int = 6, 
             height, width = picture.shape[1:]
             scale = side / max(height, width)
             picture = torchvision.transforms.v2.functional.resize(picture, [round(height * scale), round(width * scale)])
-            pictures.append(nn.functional.pad(picture, (0, side - picture.shape[2], 0, side - picture.shape[1]), value=255))
+            pictures.append(F.pad(picture, (0, side - picture.shape[2], 0, side - picture.shape[1]), value=255))
     ordered = pictures[0::2] + pictures[1::2]
     torchvision.io.write_png(torchvision.utils.make_grid(ordered, len(ordered) // 2, pad_value=255), str(path))
 
@@ -548,6 +653,8 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Recipe]:
         add(f"--{split}-images", help=f"instead of --data: folder of the {split} images")
         add(f"--{split}-annotations", help=f"instead of --data: their COCO JSON ({split})")
     add("--checkpoint", default="runs/shapes/checkpoint.pt", help="of the backbone, anybody's (default: runs/shapes)")
+    add("--arch", help="its architecture, where the file does not tell")
+    add("--stem", choices=["imagenet", "cifar", "small"], help="its first layers, where the file does not tell")
     add("--random", action="store_true", help="random weights in the checkpoint's architecture, for comparison")
     add("--output", help="folder of the run (default: runs/detect_<recipe>)")
     add("--seed", type=int, default=0, help="of the heads' weights, the order and the regions drawn")
@@ -583,6 +690,8 @@ def check(recipe: Recipe, args: argparse.Namespace):
         given = getattr(recipe, name, getattr(args, name, None))
         if given is not None and not value <= given < math.inf:
             fail(f"--{name.replace('_', '-')} must be at least {value}, got {given}")
+    if args.seed >= 2**63:
+        fail("--seed must be below 2^63")
     if recipe.trainable_layers > 5:
         fail(f"--trainable-layers: a ResNet has five stages, got {recipe.trainable_layers}")
     if recipe.batch_size % world:
@@ -605,22 +714,24 @@ def main(argv: list[str] | None = None):
     device = choose_device(args.device)
     dtype, reason = choose_precision(args.precision, device)
     rank, world = rank_and_world()
-    checkpoint = read_checkpoint(Path(args.checkpoint))
+    checkpoint = read_checkpoint(Path(args.checkpoint), args.arch, args.stem)
     found = find_data(args)
     train, val = (CocoImages(*found[split], recipe.masks, split == "train", args.seed) for split in ("train", "val"))
-    if train.names != val.names:
-        odd = sorted(set(train.names) ^ set(val.names))
-        fail(
-            f"{train.annotations} and {val.annotations} have different categories{f', {odd[0]!r} among them' if odd else ''}"
-        )
+    different = [f"{a!r} and {b!r}" for a, b in itertools.zip_longest(train.names, val.names) if a != b]
+    if different:
+        fail(f"{train.annotations} and {val.annotations} have different categories by order of their ids: {different[0]}")
     folder = Path(args.output or f"runs/detect_{args.recipe}{'_random' * args.random}")
     steps = max(1, recipe.images // recipe.batch_size)
     last = min(steps, args.max_steps or steps)
     config = dataclasses.asdict(recipe) | {"recipe": args.recipe, "seed": args.seed, "train_images": len(train)}
-    weights = hashlib.blake2b(b"".join(v.numpy().tobytes() for v in checkpoint.state.values()), digest_size=8).hexdigest()
+    weights = hashlib.blake2b(
+        b"".join(v.float().numpy().tobytes() for v in checkpoint.state.values()), digest_size=8
+    ).hexdigest()
     config |= {"data": str(train.annotations), "weights": "random" if args.random else f"{args.checkpoint} ({weights})"}
     config = json.loads(json.dumps(config | {"arch": checkpoint.arch, "stem": checkpoint.stem}))
     fresh = args.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    if fresh:
+        folder = Path(os.path.abspath(folder))  # the working directory may be renamed with it
     saved = resume_point(folder, config, fresh, {"step", "model", "optimizer", "scaler"})
 
     torch.manual_seed(args.seed)
@@ -628,9 +739,8 @@ def main(argv: list[str] | None = None):
     model = model.to(device, memory_format=torch.channels_last)
     if recipe.norm == "syncbn" and world > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
-    spared = [p for m in norms for p in m.parameters() if p.requires_grad]
-    decayed = [p for p in model.parameters() if p.requires_grad and not any(p is s for s in spared)]
+    norms = {id(p) for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase) for p in m.parameters()}
+    spared, decayed = ([p for p in model.parameters() if p.requires_grad and (id(p) in norms) == b] for b in (True, False))
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": spared, "weight_decay": 0.0}]
     optimizer = torch.optim.SGD([g for g in groups if g["params"]], lr=0.0, momentum=0.9)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -649,7 +759,7 @@ def main(argv: list[str] | None = None):
     log = None
     if rank == 0:
         try:
-            lock = claim(folder, config, fresh)
+            held = claim(folder, config, fresh)
             log = Log(folder, step)
         except OSError as error:
             fail(f"--output {folder} cannot be written: {error}", alone=True)
@@ -662,6 +772,9 @@ def main(argv: list[str] | None = None):
         f"{recipe.base_lr * recipe.batch_size / 16:g}")  # fmt: skip
     say(f"{device}, {str(dtype).removeprefix('torch.')}: {reason}; output {folder}")
 
+    norm = "per process, since SyncBatchNorm is for GPUs" if world > 1 and device.type == "cpu" else "over all processes"
+    say(f"norm {recipe.norm}{f': BN {norm}' * (recipe.norm == 'syncbn')}")
+
     def evaluate():
         started = time.time()
         if world > 1:  # without SyncBatchNorm every process has statistics of its own; the first one's are saved
@@ -669,8 +782,11 @@ def main(argv: list[str] | None = None):
                 dist.broadcast(buffer, 0)
         results = predict(model, val, recipe, device, args.workers)
         if rank == 0:
-            ap = average_precision(val, results, folder)
-            draw_results(val, results, folder / "predictions.png")
+            try:
+                ap = average_precision(val, results, folder)
+                draw_results(val, results, folder / "predictions.png")
+            except (OSError, RuntimeError) as error:
+                fail(f"{folder} cannot be written: {error}. Its checkpoint.pt is complete", alone=True)
             numbers, lines = {"step": step, "evaluation_seconds": time.time() - started}, []
             for kind, six in ap.items():
                 named = {name: v for name, v in zip(("AP", "AP50", "AP75", "APs", "APm", "APl"), six) if not math.isnan(v)}
@@ -689,20 +805,19 @@ def main(argv: list[str] | None = None):
                     f"{folder} cannot be written: {error}. Its checkpoint.pt is complete, if perhaps an older one", alone=True
                 )
 
-    interrupts, started, first, waited = Interrupts(), time.time(), step, 0.0
+    interrupts, first, training, waited, pause = Interrupts(), step, 0.0, 0.0, time.time()
+    compare_steps(step)
     if saved:
         say(f"resuming at step {step} of {steps}")
-    batches = read(
-        train, args.workers, batch_sampler=Stream(len(train), recipe.batch_size, args.seed, step, last), collate_fn=list
-    )
+    stream = Stream(len(train), recipe.batch_size, args.seed, step, last)
+    batches = read(train, args.workers, batch_sampler=stream, collate_fn=list)
     model.train()
-    stop = False
     while step < last:
         begin = time.time()
         images, targets = zip(*next(batches))
         waited += time.time() - begin
         images = [x.to(device, non_blocking=True).float() / 255 for x in images]
-        targets = [{k: v.to(device) for k, v in t.items() if k != "image_id"} for t in targets]
+        targets = [{k: v.to(device, non_blocking=True) for k, v in t.items()} for t in targets]
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, recipe)
         torch.manual_seed(rng(args.seed, "regions", step, rank).initial_seed())  # sizes and regions are drawn from here
@@ -713,36 +828,38 @@ def main(argv: list[str] | None = None):
         scaler.step(optimizer)
         scaler.update()
         step += 1
-        logs, ends = step % args.log_every == 0 or step == last, step == last
-        measures = ends or step * args.evaluations // steps > (step - 1) * args.evaluations // steps
-        stop = (world == 1 or logs or measures) and any_process(interrupts.received, device)
-        if logs or measures or stop:
+        logs, saves = step % args.log_every == 0, step % args.save_every == 0
+        measures = step == last or step * args.evaluations // steps > (step - 1) * args.evaluations // steps
+        stop = (world == 1 or logs or saves or measures) and any_process(interrupts.received, device)
+        if logs or saves or measures or stop:
             numbers = {"loss": loss.item(), **{k.removeprefix("loss_"): v.item() for k, v in losses.items()}}
-            if not math.isfinite(numbers["loss"]):
+            if any_process(not math.isfinite(numbers["loss"]), device):
                 fail(f"the loss is not finite at step {step}: {numbers}. What was saved in {folder} is kept. A lower --base-lr "
-                     "or a longer --warmup-images may help", alone=True)  # fmt: skip
-            seconds = (time.time() - started) / (step - first)
+                     "or a longer --warmup-images may help")  # fmt: skip
+            training += time.time() - pause  # measured where the line above has waited for the device
+            pause, seconds = time.time(), training / (step - first)
             text = ", ".join(f"{k} {v:.3f}" for k, v in numbers.items() if k != "loss")
-            numbers |= {"step": step, "lr": optimizer.param_groups[0]["lr"], "images_per_second": recipe.batch_size / seconds}
+            numbers |= {"step": step, "lr": optimizer.param_groups[0]["lr"], "waiting": waited / training}
+            numbers["images_per_second"] = recipe.batch_size / seconds
             if log:
                 log.write(f"step {step}/{steps}  loss {numbers['loss']:.3f} ({text})  lr {numbers['lr']:.5f}  "
-                          f"{numbers['images_per_second']:.1f} images/s, {100 * waited / (time.time() - started):.0f} % waiting "
-                          f"for data  ETA {(last - step) * seconds / 60:.1f} min", **numbers)  # fmt: skip
-        if measures and not stop:
-            save()
-            evaluate()
-        elif stop or step % args.save_every == 0:
+                          f"{numbers['images_per_second']:.1f} images/s, {100 * numbers['waiting']:.0f} % waiting for data  "
+                          f"ETA {(last - step) * seconds / 60:.1f} min", **numbers)  # fmt: skip
+        if saves or measures or stop:
             save()
         if stop:
             say(f"told to stop: saved at step {step} of {steps}; the same command goes on from there")
             break
+        if measures:
+            evaluate()
+            pause = time.time()
     if step >= last and step == first:  # nothing was left to do but to measure
         evaluate()
     batches.close()
     interrupts.restore()
     if log:
         log.board.close()
-        lock.close()
+        held.close()
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

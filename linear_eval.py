@@ -20,6 +20,7 @@ Results are appended to results.jsonl beside the checkpoint. `linear` and `finet
 import argparse
 import hashlib
 import json
+import math
 import os
 import re
 import time
@@ -112,17 +113,29 @@ def read_checkpoint(path: Path, arch: str | None = None, stem: str | None = None
         if (match := re.fullmatch(r"(.*?)(conv1|conv_proj)\.weight", key)) and not re.search(r"layer\d", match[1])
     ]
     known = [layout for layout in LAYOUTS if layout in found]
-    if not known and len(found) != 1:
+    if not known and len(found) > 1:
+        fail(f"{path} holds several networks ({', '.join(sorted(prefix for _, prefix in found))}): save one of them alone")
+    if not found:
         keys = ", ".join(list(map(str, saved))[:5])
         fail(
             f"{path} has no backbone with torchvision's names (conv1.weight or conv_proj.weight, after a prefix), but {keys}"
         )
     entry, prefix = known[0] if known else found[0]
     weights = {k.removeprefix(prefix): v for k, v in entries[entry].items() if k.startswith(prefix) and isinstance(v, Tensor)}
-    config = saved["config"] if entry == "network" and isinstance(saved.get("config"), dict) else {}
+    config = saved.get({"network": "config", "model": "settings"}.get(entry, ""))
+    if path.name == "backbone.pt" and path.with_name("config.json").is_file():
+        config = read_json(path.with_name("config.json"))
+    config = config if isinstance(config, dict) else {}
     arch = arch or config.get("arch") or recognise(path, weights)
     seen_stem, seen_size = measure(weights)
-    stem, size = stem or config.get("stem") or seen_stem, size or (config.get("view_sizes") or [seen_size])[0]
+    stem, size = (
+        stem or config.get("stem") or seen_stem,
+        size or config.get("size") or (config.get("view_sizes") or [seen_size])[0],
+    )
+    if stem is None:
+        fail(
+            f"{path} has a 3x3 stem, but does not tell its stride: give --stem cifar (1) or --stem small (2, and a max-pool)"
+        )
     with torch.device("meta"):
         expected = build_backbone(arch, stem, size)[0].state_dict()
     wrong = [k for k in expected if k not in weights and not k.endswith("num_batches_tracked")]
@@ -134,6 +147,8 @@ def read_checkpoint(path: Path, arch: str | None = None, stem: str | None = None
         if k in weights and weights[k].shape != expected[k].shape:
             fail(f"{path} is no {arch} with stem {stem} for {size} pixels: {k} is {tuple(weights[k].shape)}, "
                  f"not {tuple(expected[k].shape)}")  # fmt: skip
+    if not all(weights[k].isfinite().all() for k in expected if k in weights):
+        fail(f"{path} holds weights that are not finite: its training has diverged")
     state = {k: weights[k] if k in weights else torch.zeros(v.shape, dtype=v.dtype) for k, v in expected.items()}
     dropped = sorted({k.split(".")[0] for k in weights if k not in expected})
     others = len(entries[entry]) - len(weights)
@@ -143,13 +158,20 @@ def read_checkpoint(path: Path, arch: str | None = None, stem: str | None = None
     return Checkpoint(state, arch, stem, size, config)
 
 
-def measure(weights: dict[str, Tensor]) -> tuple[str, int]:
-    """Stem and image size, as far as shapes tell: a 3x3 stem is taken for CIFAR's, whose stride is 1."""
+def read_json(path: Path):
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def measure(weights: dict[str, Tensor]) -> tuple[str | None, int]:
+    """Stem and image size, as far as shapes tell: a 3x3 stem may have stride 1 (cifar) or 2 (small)."""
     if "conv_proj.weight" in weights:
         patch = weights["conv_proj.weight"].shape[-1]
         positions = weights["encoder.pos_embedding"].shape[1] if "encoder.pos_embedding" in weights else 197
         return {16: "imagenet", 8: "small"}.get(patch, "cifar"), round((positions - 1) ** 0.5) * patch
-    return ("imagenet", 224) if weights["conv1.weight"].shape[-1] == 7 else ("cifar", 32)
+    return ("imagenet", 224) if weights["conv1.weight"].shape[-1] == 7 else (None, 32)
 
 
 def recognise(path: Path, weights: dict[str, Tensor]) -> str:
@@ -161,7 +183,8 @@ def recognise(path: Path, weights: dict[str, Tensor]) -> str:
     blocks = {k: v.shape for k, v in weights.items() if k.startswith(part) and v.ndim > 0}
     for arch in archs:
         with torch.device("meta"):
-            expected = build_backbone(arch, *measure(weights))[0].state_dict()
+            stem, size = measure(weights)
+            expected = build_backbone(arch, stem or "cifar", size)[0].state_dict()
         if blocks == {k: v.shape for k, v in expected.items() if k.startswith(part) and v.ndim > 0}:
             return arch
     fail(f"{path}: its {len(blocks)} tensors named {part}* fit none of {', '.join(archs)}")
@@ -238,12 +261,16 @@ def validate(model: Classifier, val: Images, dataset: str, size: int, device: to
     rank, world = rank_and_world()
     mine = torch.arange(len(val))[rank::world]
     correct, training = torch.zeros(len(model.heads), 2, dtype=torch.long, device=device), model.training
+    total = torch.tensor(0, device=device)
+    if world > 1 and not model.frozen:  # on CPUs every process has BN statistics of its own; the first one's are saved
+        for buffer in model.backbone.buffers():
+            dist.broadcast(buffer, 0)
     model.eval()
     batches = still_batches(val, mine, dataset, size, device, workers) if len(mine) else []
     for x, rows in zip(batches, mine.split(128)):
         correct += count_correct(model(x), val.labels[rows].to(device))
+        total += len(x)
     model.train(training)
-    total = torch.tensor(len(mine), device=device)
     if world > 1:
         dist.all_reduce(correct)
         dist.all_reduce(total)
@@ -251,8 +278,8 @@ def validate(model: Classifier, val: Images, dataset: str, size: int, device: to
     return accuracies(correct, len(val))
 
 
-def labelled_subset(images: Images, percent: int, labels_file: str | None, seed: int) -> Images:
-    """The images that a file names, a line each, or `percent` of every class, at least one."""
+def labelled_rows(images: Images, percent: int, labels_file: str | None, seed: int) -> Tensor:
+    """Of the images that a file names, a line each, or of `percent` of every class, at least one."""
     if labels_file:
         try:
             lines = Path(labels_file).read_text().split("\n")
@@ -273,16 +300,18 @@ def labelled_subset(images: Images, percent: int, labels_file: str | None, seed:
             fail(f"--labels-file {labels_file}: {len(by_name[double[0]])} images are called {double[0]!r}; write class/name")
         if not wanted:
             fail(f"--labels-file {labels_file} is empty")
-        rows = torch.tensor(sorted({by_name[name][0] for name in wanted}))
-    elif percent < 100:
-        rows, generator = [], rng(seed, "labels", percent)
-        for c in range(len(images.classes)):
-            members = (images.labels == c).nonzero()[:, 0]
-            keep = max(1, round(len(members) * percent / 100))
-            rows.append(members[torch.randperm(len(members), generator=generator)[:keep]])
-        rows = torch.cat(rows).sort().values
-    else:
-        return images
+        return torch.tensor(sorted({by_name[name][0] for name in wanted}))
+    if percent == 100:
+        return torch.arange(len(images))
+    rows, generator = [], rng(seed, "labels", percent)
+    for c in range(len(images.classes)):
+        members = (images.labels == c).nonzero()[:, 0]
+        keep = max(1, round(len(members) * percent / 100))
+        rows.append(members[torch.randperm(len(members), generator=generator)[:keep]])
+    return torch.cat(rows).sort().values
+
+
+def subset(images: Images, rows: Tensor) -> Images:
     pixels = images.pixels
     pixels = pixels[rows.to(pixels.device)] if isinstance(pixels, Tensor) else pixels and [pixels[i] for i in rows.tolist()]
     return Images(pixels, images.paths and [images.paths[i] for i in rows.tolist()], images.labels[rows], images.classes)
@@ -293,19 +322,29 @@ def rate_factor(protocol: str, step: int, steps: int, epochs: int) -> float:
     if protocol == "linear":
         epoch = step // steps
         return 0.1 ** ((epoch >= 0.6 * epochs) + (epoch >= 0.8 * epochs))
-    return (1 + torch.tensor(torch.pi * step / (steps * epochs)).cos().item()) / 2
+    return (1 + math.cos(math.pi * step / (steps * epochs))) / 2
+
+
+def unfinished(path: Path, settings: dict) -> dict | None:
+    """What an interrupted `linear` or `finetune` with the same settings has saved."""
+    if not path.exists():
+        return None
+    saved = load_checkpoint(path)
+    if not isinstance(saved, dict) or not {"settings", "step", "model", "optimizer", "scaler"} <= saved.keys():
+        fail(f"{path} is no file of this script: move it away, or choose another --output")
+    names = [name for name in settings if settings[name] != saved["settings"].get(name)]
+    if names:
+        fail(f"{path} is of an evaluation with other settings ({', '.join(names)}): give --fresh to start over")
+    return saved
 
 
 def train_classifier(
-    protocol: str, args: argparse.Namespace, settings: dict, backbone: nn.Module, width: int, train: Images, val: Images,
-    size: int, dataset: str, device: torch.device, dtype: torch.dtype, resume: Path,
+    args: argparse.Namespace, settings: dict, backbone: nn.Module, width: int, train: Images, val: Images,
+    device: torch.device, dtype: torch.dtype, path: Path, saved: dict | None,
 ) -> list[tuple[float, float]]:  # fmt: skip
-    """`linear` and `finetune`: for each learning rate top-1 and top-5 in percent after the last epoch."""
-    world, rates, epochs, batch = rank_and_world()[1], settings["rates"], settings["epochs"], args.batch_size
-    if len(train) < batch:
-        fail(f"{len(train)} labelled images are fewer than one batch of {batch}: lower --batch-size")
-    if batch % world or batch // world < 2:
-        fail(f"--batch-size {batch} is not divisible among {world} processes, with two images at least for each")
+    """`linear` and `finetune`: for each learning rate top-1 and top-5 in percent after the last epoch. Saves to `path`."""
+    (rank, world), protocol, dataset, size = rank_and_world(), settings["protocol"], settings["dataset"], settings["size"]
+    rates, epochs, batch = settings["rates"], settings["epochs"], args.batch_size
     frozen, steps = protocol == "linear", len(train) // batch
     recipe = Recipe(
         dataset=dataset, batch_size=batch, view_sizes=(size,), interpolation="bilinear", jitter_prob=0.0, gray=0.0,
@@ -321,29 +360,28 @@ def train_classifier(
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16 and not frozen)
 
     step, top = 0, None
-    if resume.exists() and not args.fresh:
-        saved = load_checkpoint(resume)
-        if saved.get("settings") != settings:
-            names = [k for k in settings if settings[k] != saved.get("settings", {}).get(k)]
-            fail(f"{resume} is of an evaluation with other settings ({', '.join(names)}): give --fresh to start over")
-        step = saved["step"]
-        model.load_state_dict(saved["model"], strict=False)
-        optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"]) if scaler.is_enabled() else None
+    if saved:
+        try:
+            step = saved["step"]
+            model.load_state_dict(saved["model"], strict=not frozen)
+            optimizer.load_state_dict(saved["optimizer"])
+            scaler.load_state_dict(saved["scaler"]) if saved["scaler"] else None
+        except (KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+            fail(f"{path} does not fit: {' '.join(str(error).split())[:200]}. Give --fresh to start over")
         say(f"{protocol}: resuming at step {step} of {steps * epochs}")
     ids = [torch.cuda.current_device()] if device.type == "cuda" else None
     wrapped = model
     if world > 1:
-        wrapped = nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=not frozen)
+        wrapped = nn.parallel.DistributedDataParallel(model, device_ids=ids)
 
     def save():
-        if rank_and_world()[0] == 0:
+        if rank == 0:
             kept = {k: v for k, v in model.state_dict().items() if not frozen or k.startswith("heads.")}
             state = {"settings": settings, "step": step, "model": kept, "optimizer": optimizer.state_dict()}
             try:
-                save_atomically(state | {"scaler": scaler.state_dict()}, resume)
+                save_atomically(state | {"scaler": scaler.state_dict()}, path)
             except (OSError, RuntimeError) as error:
-                fail(f"{resume} cannot be written: {error}", alone=True)
+                fail(f"{path} cannot be written: {error}", alone=True)
 
     interrupts, began, first, shown = Interrupts(), time.time(), step, time.time()
     say(f"{protocol}: {len(train)} images, {epochs} epochs of {steps} steps, global batch {batch}, learning rates "
@@ -354,7 +392,7 @@ def train_classifier(
     while step < steps * epochs:
         epoch, position = divmod(step, steps)
         if position == 0 or step == first:
-            share = slice(rank_and_world()[0] * batch // world, (rank_and_world()[0] + 1) * batch // world)
+            share = slice(rank * batch // world, (rank + 1) * batch // world)
             labels = train.labels[epoch_order(len(train), args.seed, epoch, batch)[:, share]].to(device)  # (steps, b)
         for group in optimizer.param_groups:
             group["lr"] = group["rate"] * rate_factor(protocol, step, steps, epochs)
@@ -368,6 +406,8 @@ def train_classifier(
         ends = step % steps == 0
         stop = (world == 1 or ends or step % 10 == 0) and any_process(interrupts.received, device)
         if ends or time.time() - shown > 30:
+            if not frozen and not losses.isfinite().all():
+                fail(f"{protocol}: the loss is not finite at step {step}; a lower --encoder-lr may help", alone=True)
             shown, eta = time.time(), (steps * epochs - step) * (time.time() - began) / (step - first)
             values = losses.detach().tolist()
             say(f"{protocol}: epoch {step / steps:.2f}/{epochs}  loss {values[0]:.3f} at rate {rates[0]:g}, least "
@@ -406,7 +446,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch-size", type=int, default=256, help="linear, finetune: GLOBAL batch; rates are per 256 images")
     add("--weight-decay", type=float, default=0.0, help="linear, finetune")
     add("--encoder-lr", type=float, default=0.004, help="finetune: learning rate of the backbone; 0.006 was published too")
-    add("--percent", type=int, default=100, choices=[1, 10, 100], help="finetune: share of the labels, of every class")
+    add("--percent", type=int, choices=[1, 10, 100], help="finetune: share of the labels, of every class (default: 100)")
     add("--labels-file", help="finetune: names of the labelled images, a line each (SimCLR's published lists)")
     add("--seed", type=int, default=0, help="of the classifiers, of the labels drawn, and of --random")
     add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that decode, for each process")
@@ -431,7 +471,12 @@ def check(args: argparse.Namespace):
                 fail(f"--{name.replace('_', '-')} must be finite and not negative, got {value}")
     if "finetune" in args.protocol and args.lr and len(args.lr) > 1:
         fail("--protocol finetune trains one classifier: give one --lr")
-    if args.labels_file and args.percent < 100:
+    if "finetune" not in args.protocol and (args.percent or args.labels_file):
+        fail("--percent and --labels-file are of --protocol finetune")
+    world = rank_and_world()[1]
+    if args.batch_size % world or args.batch_size // world < 2:
+        fail(f"--batch-size {args.batch_size} is not divisible among {world} processes, with two images at least for each")
+    if args.labels_file and args.percent:
         fail("--labels-file and --percent both choose the labels: give one of them")
     if args.random and not (args.checkpoint or args.arch):
         fail("--random needs --arch, or a --checkpoint whose architecture it takes")
@@ -460,6 +505,10 @@ def knn(share: Tensor, queries: Tensor, labels: Tensor, expected: Tensor, device
     return rows
 
 
+def digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
+
+
 @leave_together
 def main(argv: list[str] | None = None):
     args = parse(argv)
@@ -483,8 +532,8 @@ def main(argv: list[str] | None = None):
     else:
         backbone.load_state_dict(checkpoint.state)
     backbone = backbone.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    dataset = args.dataset or config.get("dataset") or "folder"
-    train, val = load_data(dataset, args.data, config.get("seed", 0), device, args.cache_mb)
+    dataset, shapes_seed = args.dataset or config.get("dataset") or "folder", config.get("shapes_seed", config.get("seed", 0))
+    train, val = load_data(dataset, args.data, shapes_seed, device, args.cache_mb)
     if val is None or not (train.classes and val.classes):
         fail(f"--data {args.data} has no labelled train/ and val/: an evaluation needs both, with a folder per class")
     folder = Path(args.output or path.parent)
@@ -495,71 +544,74 @@ def main(argv: list[str] | None = None):
         except OSError as error:
             fail(f"results.jsonl cannot be written in {folder}: {error}", alone=True)
     frozen = {name: value.clone() for name, value in backbone.state_dict().items()}
-    weights = hashlib.blake2b(digest_size=8)
-    for value in frozen.values():
-        weights.update(value.cpu().contiguous().numpy().tobytes())
+    weights = b"".join(value.cpu().contiguous().numpy().tobytes() for value in frozen.values())
+    identity = {"checkpoint": str(path), "weights": "random" if args.random else "pretrained", "digest": digest(weights)}
+    identity |= {"arch": checkpoint.arch, "stem": checkpoint.stem, "size": size, "dataset": dataset, "data": args.data}
+    identity |= {"seed": args.seed, "shapes_seed": shapes_seed, "precision": args.precision}
+    jobs = []  # settings, labelled images, file to resume from and its content: all is checked before any work is done
+    for protocol in (name for name in PROTOCOLS if name in args.protocol):  # finetune, which changes the backbone, is last
+        rates, epochs = args.lr or PROTOCOLS[protocol]["rates"], args.epochs or PROTOCOLS[protocol]["epochs"]
+        if protocol == "linear" and config.get("ema") is not None and len(config["view_sizes"]) > 2 and not args.lr:
+            rates = [0.4, *(r for r in rates if r != 0.4)]
+        settings, labelled, file, saved = {"protocol": protocol} | identity, train, None, None
+        if protocol != "knn":
+            settings |= {"epochs": epochs, "rates": rates}
+        if protocol in ("linear", "finetune"):
+            name = f"{path.stem}{'.random' * args.random}.{protocol}"
+            if protocol == "finetune":
+                rows = labelled_rows(train, args.percent or 100, args.labels_file, args.seed)
+                labelled = subset(train, rows)
+                name += f".{Path(args.labels_file).stem if args.labels_file else args.percent or 100}"
+                settings |= {"encoder_lr": args.encoder_lr, "labelled": digest(rows.numpy().tobytes())}
+            if len(labelled) < args.batch_size:
+                fail(f"{len(labelled)} labelled images are fewer than one batch of {args.batch_size}: lower --batch-size")
+            settings |= {"batch_size": args.batch_size, "weight_decay": args.weight_decay}
+            file = folder / f"{name}.pt"
+            saved = None if args.fresh else unfinished(file, settings)
+        jobs.append((settings, labelled, file, saved))
 
-    # finetune, which changes the backbone, comes last
-    protocols, began = [name for name in PROTOCOLS if name in args.protocol], time.time()
-    if {"features", "knn"} & set(protocols):
+    began = time.time()
+    if {"features", "knn"} & set(args.protocol):
         x, x_val = (
             encode(backbone, images, dataset, size, torch.arange(len(images)), device, dtype, args.workers)
             for images in (train, val)
         )
         if any_process(not (x.isfinite().all() and x_val.isfinite().all()), device):
-            fail(f"the features of {path} are not finite: its training has diverged")
+            fail(f"the features of {path} are not finite in {args.precision}: --precision float32 may help")
         x_val = gather_shares(x_val)
         say(
             f"features of {len(train)} training and {len(val)} validation images, {width} wide, in {time.time() - began:.0f} s"
         )
-
-    table = []  # protocol, classifier, top-1, top-5
-    for protocol in protocols:
-        began, labelled = time.time(), train
-        rates, epochs = args.lr or PROTOCOLS[protocol]["rates"], args.epochs or PROTOCOLS[protocol]["epochs"]
-        if protocol == "linear" and config.get("ema") is not None and not args.lr:
-            rates = [0.4, *(r for r in rates if r != 0.4)]
-        settings = {"protocol": protocol, "checkpoint": str(path), "weights": "random" if args.random else "pretrained"}
-        settings |= {"data": args.data, "size": size, "seed": args.seed}
-        settings |= {} if protocol == "knn" else {"epochs": epochs, "rates": rates}
+    table = []  # protocol, classifier, top-1, top-5, whether the rate is the protocol's own
+    for settings, labelled, file, saved in jobs:
+        began, protocol, rates = time.time(), settings["protocol"], settings.get("rates", [])
         if protocol == "knn":
             rows = [(name, top1, None) for name, top1 in knn(x, x_val, train.labels, val.labels, device)]
-        elif protocol == "features":
-            whole = gather_shares(x)
-            if rank == 0:  # the others wait at the next protocol
-                tensors = [t.to(device) for t in (whole, train.labels, x_val, val.labels)]
-                top = linear_on_features(*tensors, len(train.classes), rates, epochs, args.seed)
-                rows = [(f"learning rate {r:g}", *t) for r, t in zip(rates, top)]
         else:
-            name = f"{path.stem}{'.random' * args.random}.{protocol}"
-            if protocol == "finetune":
-                labelled = labelled_subset(train, args.percent, args.labels_file, args.seed)
-                name += f".{Path(args.labels_file).stem}" if args.labels_file else f".{args.percent}"
-                settings |= {"encoder_lr": args.encoder_lr}
-            settings |= {"batch_size": args.batch_size, "weight_decay": args.weight_decay, "labelled": len(labelled)}
-            settings |= {"digest": weights.hexdigest()}
-            top = train_classifier(
-                protocol, args, settings, backbone, width, labelled, val, size, dataset, device, dtype, folder / f"{name}.pt"
-            )
+            if protocol == "features":  # every process for itself
+                tensors = [t.to(device) for t in (gather_shares(x), train.labels, x_val, val.labels)]
+                top = linear_on_features(*tensors, len(train.classes), rates, settings["epochs"], args.seed)
+            else:
+                top = train_classifier(args, settings, backbone, width, labelled, val, device, dtype, file, saved)
             rows = [(f"learning rate {r:g}", *t) for r, t in zip(rates, top)]
         if protocol != "finetune":
             now = backbone.state_dict()
             assert all(torch.equal(value, now[name]) for name, value in frozen.items()), "the frozen backbone changed"
+        table += [(protocol, *row, i == 0 and (protocol == "knn" or not args.lr)) for i, row in enumerate(rows)]
         if rank == 0:
-            table += [(protocol, *row) for row in rows]
             result = settings | {"results": [dict(zip(("classifier", "top1", "top5"), row)) for row in rows]}
             result |= {"top1": rows[0][1], "training_images": len(labelled), "validation_images": len(val)}
             result |= {"processes": world, "seconds": round(time.time() - began, 1)}
             try:
-                with open(folder / "results.jsonl", "a") as file:
-                    file.write(json.dumps(result) + "\n")
+                with open(folder / "results.jsonl", "a") as lines:
+                    lines.write(json.dumps(result) + "\n")
             except OSError as error:
                 fail(f"results.jsonl cannot be written in {folder}: {error}", alone=True)
     say(f"\n{path}{' with RANDOM weights' if args.random else ''}, {len(val)} validation images")
     say(f"{'protocol':10} {'classifier':30} {'top-1':>7} {'top-5':>7}")
-    for i, (protocol, classifier, top1, top5) in enumerate(table):
-        own = "  the protocol's own" if i == 0 or table[i - 1][0] != protocol else ""
-        say(f"{protocol:10} {classifier:30} {top1:7.2f} {'' if top5 is None else f'{top5:.2f}':>7}{own}")
+    for protocol, classifier, top1, top5, own in table:
+        say(f"{protocol:10} {classifier:30} {top1:7.2f} {'' if top5 is None else f'{top5:.2f}':>7}"
+            f"{'  as published' * own}")  # fmt: skip
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

@@ -136,8 +136,9 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def fail(message: str, alone: bool = False):
-    """Leave with status 2 and one line on stderr: from the first process, since all come here, or from one that fails alone."""
-    if alone or rank_and_world()[0] == 0:
+    """Leave with status 2 and one line on stderr: from each node's first process, since all come here, or from one that
+    fails alone."""
+    if alone or int(os.environ.get("LOCAL_RANK", rank_and_world()[0])) == 0:
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
     if alone and STORES:
         STORES[-1].set("failed", "")
@@ -212,7 +213,7 @@ def choose_precision(name: str, device: torch.device) -> tuple[torch.dtype, str]
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# Data: images in memory as uint8 where they are of one size and small enough, else paths that workers read
+# Data: images in memory as uint8 where they fit, else paths that workers read
 
 MEAN_STD = {
     "shapes": ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
@@ -225,9 +226,7 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif"}
 
 @dataclass
 class Images:
-    pixels: (
-        Tensor | list[Tensor] | None
-    )  # uint8 on the device: (n, 3, h, w), or n of (3, h, w); None: `paths` are read as needed
+    pixels: Tensor | list[Tensor] | None  # uint8 on the device: (n, 3, h, w), or n of (3, h, w); None: workers read `paths`
     paths: list[Path] | None
     labels: Tensor | None  # (n,) int64
     classes: list[str]
@@ -241,10 +240,11 @@ class UnreadableImage(Exception):
     pass
 
 
-def decode(path: Path) -> Tensor:
-    """(3, h, w) uint8, of an animation its first picture."""
+def decode(path: Path, upright: bool = False) -> Tensor:
+    """(3, h, w) uint8, of an animation its first picture; upright: turned as its camera says."""
     try:
-        image = torchvision.io.decode_image(str(path), mode=torchvision.io.ImageReadMode.RGB)
+        mode = torchvision.io.ImageReadMode.RGB
+        image = torchvision.io.decode_image(str(path), mode=mode, apply_exif_orientation=upright)
         return TF.to_dtype(image if image.dim() == 3 else image[0], torch.uint8, scale=True)
     except RuntimeError:
         raise UnreadableImage(
@@ -550,6 +550,8 @@ class CentreCrop:
     size: int
 
     def __call__(self, image: Tensor, key: int | None = None) -> Tensor:
+        if image.shape[-2:] == (self.size, self.size):  # CIFAR's, or prepared by the user
+            return image
         image = TF.resize(image, [round(self.size * 256 / 224)], TF.InterpolationMode.BILINEAR, antialias=True)
         return TF.center_crop(image, [self.size, self.size])
 
@@ -605,9 +607,10 @@ class Interrupts:
 
 
 def outlive_signals(worker: int):
-    """torchrun and Slurm send SIGTERM to workers too, but the run needs them until it has saved: they leave 20 s later."""
+    """torchrun and Slurm send SIGTERM to workers too, but the run needs them until it has saved; they leave with it, or
+    after 10 minutes."""
     for name in STOPPING:
-        signal.signal(name, lambda number, frame: signal.alarm(20))
+        signal.signal(name, lambda number, frame: signal.alarm(600))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
 
@@ -748,9 +751,7 @@ def still_batches(images: Images, rows: Tensor, dataset: str, size: int, device:
     """The images `rows` without augmentation, resized and cropped at the centre: (128, 3, size, size), normalised."""
     workers = workers if images.pixels is None else 0
     if isinstance(images.pixels, Tensor):
-        batches = (images.pixels[i] for i in rows.to(images.pixels.device).split(128))
-        if images.pixels.shape[2:] != (size, size):
-            batches = map(CentreCrop(size), batches)
+        batches = (CentreCrop(size)(images.pixels[i]) for i in rows.to(images.pixels.device).split(128))
     else:
         batches = read(Decoded(images, CentreCrop(size)), workers, batch_size=128, sampler=rows.tolist())
     for x in batches:
@@ -806,29 +807,39 @@ def nearest(
     k + `spare` rows, float64 decides between them; where their rounding may have hidden a row, more are proposed."""
     n, d = bank.shape
     k, few = min(k, n), min(k + spare, n)
-    distances, indices = queries.new_empty(len(queries), k, dtype=torch.float64), torch.empty(len(queries), k).long()
+    distances, indices = torch.zeros(len(queries), k, dtype=torch.float64), torch.zeros(len(queries), k, dtype=torch.long)
+    if k == 0:
+        return distances, indices
+    mean = sum(x.to(device).float().sum(0) for x in bank.split(chunk)) / n  # (d,); small numbers round less
     rows = max(1, min(1024, 2**25 // (few * d)))  # memory: 2^25 numbers
     for start in range(0, len(queries), rows):
-        q = queries[start : start + rows].to(device).float()  # (b, d)
+        mine = slice(start, start + rows)
+        q = queries[mine].to(device).float() - mean  # (b, d)
         near, which, longest = q.new_empty(len(q), 0), torch.empty(len(q), 0, dtype=torch.long, device=device), 0.0
-        for first in range(0, n, chunk):
-            x = bank[first : first + chunk].to(device).float()
+        for first, x in zip(range(0, n, chunk), bank.split(chunk)):
+            x = x.to(device).float() - mean
             square = x.square().sum(1)
             found = torch.cat([near, torch.addmm(square, q, x.mT, alpha=-2)], dim=1)  # distance^2 less that of the query
             which = torch.cat([which, torch.arange(first, first + len(x), device=device).expand(len(q), -1)], dim=1)
             near, order = found.topk(min(few, found.shape[1]), largest=False)
             which, longest = which.gather(1, order), max(longest, square.max().item())
         which = which.sort(1).values.cpu()
-        exact = (bank[which].double() - q.cpu().double()[:, None]).square().sum(-1)  # (b, few)
+        exact = (bank[which].double() - queries[mine].double()[:, None]).square().sum(-1)  # (b, few)
         value, order = exact.sort(dim=1, stable=True)
-        distances[start : start + rows], indices[start : start + rows] = value[:, :k], which.gather(1, order)[:, :k]
+        distances[mine], indices[mine] = value[:, :k], which.gather(1, order)[:, :k]
         # No row left out can be nearer than the last proposed one, less the rounding of both.
         size = q.square().sum(1).double().cpu()  # (b,)
         rounding = 8 * d**0.5 * 2**-24 * (size.sqrt() + longest**0.5) ** 2
         hidden = near.max(1).values.double().cpu() + size - 2 * rounding <= value[:, k - 1]
         if few < n and hidden.any():
             again = start + hidden.nonzero()[:, 0]
-            distances[again], indices[again] = nearest(bank, queries[again], k, device, chunk, 16 * spare)
+            if spare < 256:
+                distances[again], indices[again] = nearest(bank, queries[again], k, device, chunk, 256)
+            else:  # hundreds of equal rows
+                for i in again.tolist():
+                    exact = torch.cat([(x.double() - queries[i].double()).square().sum(1) for x in bank.split(chunk)])
+                    value, order = exact.sort(stable=True)
+                    distances[i], indices[i] = value[:k], order[:k]
     return distances, indices
 
 
@@ -962,7 +973,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Recipe]:
     add("--max-steps", type=int, help="stop after this many steps of the schedule")
     add("--benchmark", type=int, metavar="N", help="time N steps, their parts and the input, and write nothing")
     add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that decode images, for each process")
-    add("--cache-mb", type=int, default=1024, help="keep images of one size in memory up to this many MiB")
+    add("--cache-mb", type=int, default=1024, help="keep images in memory up to this many MiB")
     add("--skip-unreadable", action="store_true", help="count unreadable training images and go on without them")
     add("--log-every", type=int, default=10, help="steps between two lines")
     add("--save-every", type=int, default=1, help="epochs between two checkpoints")
@@ -1068,22 +1079,29 @@ def resume_point(folder: Path, config: dict, fresh: bool, keys: set[str]) -> dic
     return saved
 
 
+def lock(folder: Path):
+    """The folder belongs to this process for as long as it keeps the file that is returned."""
+    file = open(folder / ".lock", "w")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"another process is writing to {folder}: choose another --output", alone=True)
+    return file
+
+
 def claim(folder: Path, config: dict, fresh: bool):
-    """First process: set an earlier run aside if told to, make the folder, lock it for as long as this process lives."""
+    """First process: set an earlier run aside if told to, make the folder, and lock it."""
     if fresh and folder.exists():
         folder = Path(os.path.realpath(folder))
+        lock(folder)  # it may still be running
         aside = next(p for p in (folder.with_name(f"{folder.name}.{i}") for i in itertools.count(1)) if not p.exists())
         folder.rename(aside)
         say(f"--fresh: the earlier run is kept as {aside}")
     folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / ".lock", "w")  # noqa: SIM115
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        fail(f"another process is writing to {folder}: choose another --output")
+    mine = lock(folder)
     if not (folder / "config.json").exists():
         save_atomically((json.dumps(config, indent=1) + "\n").encode(), folder / "config.json")
-    return lock
+    return mine
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -1158,6 +1176,15 @@ class Trainer:
             self.teacher.load_state_dict(state["teacher"])
 
 
+def compare_steps(step: int):
+    """All processes have found the same checkpoint."""
+    steps = [step] * rank_and_world()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(steps, step)
+    if len(set(steps)) > 1:
+        fail(f"the processes found different checkpoints (steps {steps}): --output must be a shared folder")
+
+
 def any_process(flag: bool, device: torch.device) -> bool:
     if rank_and_world()[1] == 1:
         return flag
@@ -1205,7 +1232,8 @@ def benchmark(trainer: Trainer, images: Images, workers: int, count: int):
     trainer.network.train()
     for _ in range(3):
         whole()
-    embedding = trainer.embed(batch)
+    with torch.no_grad():
+        embedding = trainer.embed(batch)
     for part in parts.values():
         part()
     if device.type == "cuda":
@@ -1314,7 +1342,8 @@ def main(argv: list[str] | None = None):
     trainer = Trainer(recipe, Network(recipe), steps, args.seed, device, dtype, args.compile)
     if args.benchmark:
         say(f"{recipe.arch}, {device}, {str(dtype).removeprefix('torch.')}: {reason}")
-        return benchmark(trainer, train, args.workers, args.benchmark)
+        benchmark(trainer, train, args.workers, args.benchmark)
+        return dist.destroy_process_group() if world > 1 else None
     network, backbone, criterion = trainer.network, trainer.network.backbone, trainer.criterion
     step, history = 0, {"random_knn": None, "trained_knn": None, "ranks": []}
     if saved:
@@ -1327,10 +1356,10 @@ def main(argv: list[str] | None = None):
     log = None
     if rank == 0:
         try:
-            lock = claim(folder, config, fresh)
+            held = claim(folder, config, fresh)
             log = Log(folder, step)
         except OSError as error:
-            fail(f"--output {folder} cannot be written: {error}")
+            fail(f"--output {folder} cannot be written: {error}", alone=True)
     say("configuration: " + ", ".join(f"{name} {value}" for name, value in config.items()))
     parameters = sum(p.numel() for p in network.parameters()) / 1e6
     where = "in memory" if train.pixels is not None else f"read by {args.workers} workers"
@@ -1390,11 +1419,7 @@ def main(argv: list[str] | None = None):
                 )
 
     interrupts = Interrupts()
-    if dist.is_initialized():
-        steps_of_all = [None] * world
-        dist.all_gather_object(steps_of_all, step)
-        if len(set(steps_of_all)) > 1:
-            fail(f"the processes found different checkpoints (steps {steps_of_all}): --output must be a shared folder")
+    compare_steps(step)
     if saved:
         say(f"resuming at step {step} of {total}")
     else:
@@ -1444,7 +1469,7 @@ def main(argv: list[str] | None = None):
     interrupts.restore()
     if log:
         log.board.close()
-        lock.close()
+        held.close()
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
