@@ -42,6 +42,7 @@ from train import (
     build_backbone,
     choose_device,
     choose_precision,
+    compare_steps,
     encode,
     epoch_order,
     fail,
@@ -128,10 +129,8 @@ def read_checkpoint(path: Path, arch: str | None = None, stem: str | None = None
     config = config if isinstance(config, dict) else {}
     arch = arch or config.get("arch") or recognise(path, weights)
     seen_stem, seen_size = measure(weights)
-    stem, size = (
-        stem or config.get("stem") or seen_stem,
-        size or config.get("size") or (config.get("view_sizes") or [seen_size])[0],
-    )
+    stem = stem or config.get("stem") or seen_stem
+    size = size or config.get("size") or (config.get("view_sizes") or [seen_size])[0]
     if stem is None:
         fail(
             f"{path} has a 3x3 stem, but does not tell its stride: give --stem cifar (1) or --stem small (2, and a max-pool)"
@@ -369,10 +368,9 @@ def train_classifier(
         except (KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
             fail(f"{path} does not fit: {' '.join(str(error).split())[:200]}. Give --fresh to start over")
         say(f"{protocol}: resuming at step {step} of {steps * epochs}")
+    compare_steps(step)
     ids = [torch.cuda.current_device()] if device.type == "cuda" else None
-    wrapped = model
-    if world > 1:
-        wrapped = nn.parallel.DistributedDataParallel(model, device_ids=ids)
+    wrapped = nn.parallel.DistributedDataParallel(model, device_ids=ids) if world > 1 else model
 
     def save():
         if rank == 0:
@@ -517,10 +515,8 @@ def main(argv: list[str] | None = None):
     dtype, _ = choose_precision(args.precision, device)
     rank, world = rank_and_world()
     if args.random and not args.checkpoint:
-        path, checkpoint = (
-            Path("runs/random", args.arch),
-            Checkpoint({}, args.arch, args.stem or "imagenet", args.size or 224, {}),
-        )
+        path = Path("runs/random", args.arch)
+        checkpoint = Checkpoint({}, args.arch, args.stem or "imagenet", args.size or 224, {})
     else:
         path = Path(args.checkpoint or "runs/shapes/checkpoint.pt")
         checkpoint = read_checkpoint(path, args.arch, args.stem, args.size)
