@@ -169,7 +169,7 @@ def measured(mask: Tensor) -> dict:
 
 
 def problem(content: dict, masks: bool) -> str | None:
-    """The first thing that is wrong with a COCO annotation file."""
+    """The first thing that is wrong with a COCO annotation file. Removes polygons of fewer than three points, as is usual."""
 
     def numbers(values, count: int) -> bool:
         fine = isinstance(values, list) and len(values) >= count and all(isinstance(v, (int, float)) for v in values)
@@ -198,11 +198,10 @@ def problem(content: dict, masks: bool) -> str | None:
         image, outline = images[annotation["image_id"]], annotation.get("segmentation")
         if isinstance(outline, dict):
             runs, size = outline.get("counts"), [image["height"], image["width"]]
-            usable = outline.get("size") == size and (
-                isinstance(runs, str) or numbers(runs, 1) and sum(runs) == math.prod(size)
-            )
+            whole = isinstance(runs, str) or numbers(runs, 1) and sum(runs) == math.prod(size)
+            usable = outline.get("size") == size and whole
         else:
-            usable = bool(outline) and all(numbers(polygon, 6) and len(polygon) % 2 == 0 for polygon in outline)
+            usable = annotation["segmentation"] = [p for p in outline or [] if numbers(p, 6) and len(p) % 2 == 0]
         if masks and not usable:
             return f"{name} has no usable segmentation: polygons, or runs of its image's size. --no-masks trains boxes alone"
     return None
@@ -324,7 +323,10 @@ def find_data(args: argparse.Namespace) -> dict[str, tuple[Path, Path]]:
             fail(f"--recipe {args.recipe} needs --data FOLDER")
         if not (root / "annotations" / "instances_val.json").exists() and rank_and_world()[0] == 0:  # written last
             say(f"drawing shapes with boxes and masks into {root}")
-            write_shapes(root, seed=0, counts={"train": 400, "val": 100})
+            try:
+                write_shapes(root, seed=0, counts={"train": 400, "val": 100})
+            except OSError as error:
+                fail(f"{root} cannot be written: {error}", alone=True)
         if dist.is_initialized():
             dist.barrier()
     elif not args.data and not all(given.values()):
