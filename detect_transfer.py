@@ -45,7 +45,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 from torchvision.ops import FrozenBatchNorm2d, roi_align
 
-from linear_eval import Checkpoint, read_checkpoint
+from linear_eval import Checkpoint, read_checkpoint, untrained
 from train import (
     MEAN_STD,
     SHAPES,
@@ -491,8 +491,6 @@ class Transform(GeneralizedRCNNTransform):
 
 def build_detector(recipe: Recipe, checkpoint: Checkpoint, random: bool, classes: int, dtype: torch.dtype) -> GeneralizedRCNN:
     """`classes`: with the background. The backbone's weights are the checkpoint's, or random."""
-    if not checkpoint.arch.startswith(("resn", "wide_resnet")):
-        fail(f"{checkpoint.arch}: detection needs a ResNet")
     resnet, width = build_backbone(checkpoint.arch, checkpoint.stem, checkpoint.size)
     if not random:
         resnet.load_state_dict(checkpoint.state)
@@ -649,12 +647,17 @@ def draw_results(data: CocoImages, results: list[dict], path: Path, n: int = 6, 
 def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Recipe]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--recipe", default="shapes", choices=RECIPES, help="settings (default: shapes; published: coco-2x, coco-1x)")
+    add(
+        "--recipe",
+        default="shapes",
+        choices=RECIPES,
+        help="settings (default: shapes; published: coco-2x; coco-1x: half of it)",
+    )
     add("--data", help="folder in COCO's layout (default: shapes, drawn into runs/shapes_coco)")
     for split in ("train", "val"):
         add(f"--{split}-images", help=f"instead of --data: folder of the {split} images")
         add(f"--{split}-annotations", help=f"instead of --data: their COCO JSON ({split})")
-    add("--checkpoint", default="runs/shapes/checkpoint.pt", help="of the backbone, anybody's (default: runs/shapes)")
+    add("--checkpoint", help="of the backbone, anybody's (default for shapes: runs/shapes/checkpoint.pt)")
     add("--arch", help="its architecture, where the file does not tell")
     add("--stem", choices=["imagenet", "cifar", "small"], help="its first layers, where the file does not tell")
     add("--random", action="store_true", help="random weights in the checkpoint's architecture, for comparison")
@@ -716,7 +719,15 @@ def main(argv: list[str] | None = None):
     device = choose_device(args.device)
     dtype, reason = choose_precision(args.precision, device)
     rank, world = rank_and_world()
-    checkpoint = read_checkpoint(Path(args.checkpoint), args.arch, args.stem)
+    if args.random and args.arch and not args.checkpoint:
+        checkpoint = untrained(args.arch, args.stem, None)
+    elif args.checkpoint or args.recipe == "shapes":
+        args.checkpoint = args.checkpoint or "runs/shapes/checkpoint.pt"
+        checkpoint = read_checkpoint(Path(args.checkpoint), args.arch, args.stem)
+    else:
+        fail(f"--recipe {args.recipe} needs --checkpoint FILE, or --random --arch NAME")
+    if not checkpoint.arch.startswith(("resn", "wide_resnet")):
+        fail(f"{checkpoint.arch}: detection needs a ResNet")
     found = find_data(args)
     train, val = (CocoImages(*found[split], recipe.masks, split == "train", args.seed) for split in ("train", "val"))
     different = [f"{a!r} and {b!r}" for a, b in itertools.zip_longest(train.names, val.names) if a != b]

@@ -7,7 +7,7 @@
 INTL: Weng et al., "Modulate Your Spectrum in Self-Supervised Learning", ICLR 2024, arXiv 2305.16789. CW-RGP: Weng et al.,
 "An Investigation into Whitening Loss for Self-supervised Learning", NeurIPS 2022, arXiv 2210.03586. OR: He et al.,
 "Preventing Dimensional Collapse in Self-Supervised Learning via Orthogonality Regularization", NeurIPS 2024, arXiv
-2411.00392. Names in [brackets] are the tests in test_intl.py that hold a claim.
+2411.00392. SPDX-License-Identifier: MIT. Names in [brackets] are the tests in test_intl.py that hold a claim.
 
 Where the official code and the paper differ, and what this file does:
 - The paper writes an embedding as d x m, the code and this file as m x d: samples in rows.
@@ -255,7 +255,7 @@ def _all_views(views: Sequence[Tensor] | Tensor, axis: str, iterations: int = 1)
     views = list(views)
     shapes = [tuple(v.shape) for v in views]
     if len(shapes) < 2 or len(set(shapes)) > 1 or len(shapes[0]) != 2:
-        raise ValueError(f"the loss needs two or more views of the same shape (m, d), got {shapes}")
+        raise ValueError(f"the loss needs a list of two or more views of one shape (m, d), got {shapes[:3]}")
     dtype = functools.reduce(torch.promote_types, [v.dtype for v in views])
     views = [_checked(v.to(dtype), axis, iterations) for v in views]
     return views if _world_size() == 1 else list(gather(torch.stack(views)))

@@ -4,7 +4,7 @@
     python linear_eval.py --checkpoint runs/cifar10/checkpoint.pt --data data/cifar10 --protocol features knn
     torchrun --nproc_per_node 8 linear_eval.py --checkpoint resnet50.pth --data /data/imagenet --protocol linear
     torchrun --nproc_per_node 8 linear_eval.py --checkpoint resnet50.pth --data /data/imagenet --protocol finetune --percent 1
-    python linear_eval.py --random --arch resnet18 --stem cifar --dataset cifar10 --data data/cifar10 --protocol knn
+    python linear_eval.py --random --arch resnet18 --stem cifar --dataset cifar10 --data data/cifar10
 
 Protocols (INTL paper, appendix):
 
@@ -101,7 +101,9 @@ class Checkpoint:
 def read_checkpoint(path: Path, arch: str | None = None, stem: str | None = None, size: int | None = None) -> Checkpoint:
     """The backbone in a file, recognised by its keys. `arch`, `stem`, `size`: what is known better than the file says."""
     if not path.is_file():
-        fail(f"--checkpoint {path}: no such file")
+        fail(
+            f"--checkpoint {path}: no such file{'. `torchrun train.py` makes it' * (path == Path('runs/shapes/checkpoint.pt'))}"
+        )
     saved = load_checkpoint(path)
     if not isinstance(saved, dict):
         fail(f"{path} holds no weights, but a {type(saved).__name__}")
@@ -113,7 +115,9 @@ def read_checkpoint(path: Path, arch: str | None = None, stem: str | None = None
         for key in map(str, weights)
         if (match := re.fullmatch(r"(.*?)(conv1|conv_proj)\.weight", key)) and not re.search(r"layer\d", match[1])
     ]
+    prefixes = [prefix for _, prefix in LAYOUTS]
     known = [layout for layout in LAYOUTS if layout in found]
+    known += sorted((f for f in found if f[1] in prefixes), key=lambda f: prefixes.index(f[1]))  # in another entry
     if not known and len(found) > 1:
         fail(f"{path} holds several networks ({', '.join(sorted(prefix for _, prefix in found))}): save one of them alone")
     if not found:
@@ -155,6 +159,11 @@ def read_checkpoint(path: Path, arch: str | None = None, stem: str | None = None
         f"({entry or 'the file'}: {prefix}*); {len(weights.keys() & expected.keys())} tensors used, dropped "
         f"{', '.join(dropped) or 'none'} and {others} with other prefixes, missing none")  # fmt: skip
     return Checkpoint(state, arch, stem, size, config)
+
+
+def untrained(arch: str, stem: str | None, size: int | None) -> Checkpoint:
+    """For --random without a file: an architecture alone."""
+    return Checkpoint({}, arch, stem or "imagenet", size or (224 if stem in (None, "imagenet") else 32), {})
 
 
 def read_json(path: Path):
@@ -434,7 +443,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--protocol", nargs="+", default=["features", "knn"], choices=PROTOCOLS, help="one or several (default: features knn)"
     )
-    add("--dataset", choices=MEAN_STD, help="what --data holds (default: as pretrained, else folder)")
+    add(
+        "--dataset",
+        choices=MEAN_STD,
+        help="what --data holds; also chooses mean and std (default: as pretrained, else folder)",
+    )
     add("--arch", help="the backbone, where the file does not tell")
     add("--stem", choices=["imagenet", "cifar", "small"], help="its first layers, where the file does not tell")
     add("--size", type=int, help="pixels of the images (default: as pretrained)")
@@ -448,8 +461,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--labels-file", help="finetune: names of the labelled images, a line each (SimCLR's published lists)")
     add("--seed", type=int, default=0, help="of the classifiers, of the labels drawn, and of --random")
     add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that decode, for each process")
-    add("--cache-mb", type=int, default=1024, help="keep images in memory up to this many MiB")
-    add("--precision", default="float32", choices=["auto", "bfloat16", "float16", "float32"], help="of the backbone")
+    add("--cache-mb", type=int, default=1024, help="keep images in memory up to this many MiB (%(default)s)")
+    add(
+        "--precision",
+        default="float32",
+        choices=["auto", "bfloat16", "float16", "float32"],
+        help="of the backbone (%(default)s)",
+    )
     add("--device", default="auto", choices=["auto", "cpu", "cuda"])
     add("--output", help="folder of results.jsonl (default: the checkpoint's, or runs/random)")
     add("--fresh", action="store_true", help="linear, finetune: start over instead of resuming")
@@ -516,7 +534,7 @@ def main(argv: list[str] | None = None):
     rank, world = rank_and_world()
     if args.random and not args.checkpoint:
         path = Path("runs/random", args.arch)
-        checkpoint = Checkpoint({}, args.arch, args.stem or "imagenet", args.size or 224, {})
+        checkpoint = untrained(args.arch, args.stem, args.size)
     else:
         path = Path(args.checkpoint or "runs/shapes/checkpoint.pt")
         checkpoint = read_checkpoint(path, args.arch, args.stem, args.size)
@@ -538,7 +556,7 @@ def main(argv: list[str] | None = None):
             folder.mkdir(parents=True, exist_ok=True)
             open(folder / "results.jsonl", "a").close()
         except OSError as error:
-            fail(f"results.jsonl cannot be written in {folder}: {error}", alone=True)
+            fail(f"results.jsonl cannot be written in {folder}: {error}. --output names another folder", alone=True)
     frozen = {name: value.clone() for name, value in backbone.state_dict().items()}
     weights = b"".join(value.cpu().contiguous().numpy().tobytes() for value in frozen.values())
     identity = {"checkpoint": str(path), "weights": "random" if args.random else "pretrained", "digest": digest(weights)}
@@ -593,7 +611,8 @@ def main(argv: list[str] | None = None):
         if protocol != "finetune":
             now = backbone.state_dict()
             assert all(torch.equal(value, now[name]) for name, value in frozen.items()), "the frozen backbone changed"
-        table += [(protocol, *row, i == 0 and (protocol == "knn" or not args.lr)) for i, row in enumerate(rows)]
+        published = protocol == "knn" or not (args.lr or args.epochs or args.weight_decay) and args.batch_size == 256
+        table += [(protocol, *row, i == 0 and published) for i, row in enumerate(rows)]
         if rank == 0:
             result = settings | {"results": [dict(zip(("classifier", "top1", "top5"), row)) for row in rows]}
             result |= {"top1": rows[0][1], "training_images": len(labelled), "validation_images": len(val)}

@@ -457,6 +457,7 @@ def test_compiles_without_a_graph_break(axis):
     "call, message",
     [
         (lambda: INTLLoss()([randn(8, 4)]), r"two or more views .*\[\(8, 4\)\]"),
+        (lambda: INTLLoss()(randn(8, 4), randn(8, 4)), r"a list of two or more views .*\[\(4,\), \(4,\), \(4,\)\]$"),
         (lambda: INTLLoss()([randn(8, 4), randn(8, 5)]), r"same shape .*\(8, 4\), \(8, 5\)"),
         (lambda: INTLLoss()([randn(8, 4)], teacher=randn(6, 4)), r"same shape .*\(6, 4\), \(8, 4\)"),
         (lambda: INTLLoss()([randn(1, 4)] * 2), r"at least 2 samples.*\(1, 4\)"),
@@ -1217,8 +1218,10 @@ def test_a_network_without_a_label_trains(photos, tmp_path, capsys):
     flat.mkdir()
     for i, path in enumerate(sorted((photos / "mixed").rglob("*.png"))[:32]):
         (flat / f"{i}.png").write_bytes(path.read_bytes())
+    (flat / "notes.txt").write_text("no image")
     train.main([*TINY, "--data", str(flat), "--output", str(tmp_path / "run"), "--max-steps", "1"])
-    assert "effective rank" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "effective rank" in text and "1 files that end otherwise than in" in text and "saved " in text
 
 
 def test_bad_commands_fail_with_one_clear_line(photos, finished, tmp_path, capsys, monkeypatch):
@@ -1226,6 +1229,7 @@ def test_bad_commands_fail_with_one_clear_line(photos, finished, tmp_path, capsy
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes").mkdir()
+    (tmp_path / "cifar" / "cifar-10-batches-py").mkdir(parents=True)
     (tmp_path / "notes" / "diary.txt").write_text("dear diary")
     broken = tmp_path / "broken"
     for i, path in enumerate(sorted((photos / "mixed").rglob("*.png"))[:20]):
@@ -1272,6 +1276,8 @@ def test_bad_commands_fail_with_one_clear_line(photos, finished, tmp_path, capsy
         ),
         ([*good, "--batch-size", "64"], "48 training images are fewer than one batch of 64"),
         ([*good, "--batch-size", "1"], "--batch-size must be at least 2"),
+        ([*good, "--batch-size", "8"], "is not positive for n = 8"),
+        ([*good, "--data", "cifar"], "looks like torchvision's CIFAR: give --dataset cifar10"),
         ([*good, "--epochs", "0"], "--epochs must be at least 1"),
         *[([*good, "--loss", name], f"--loss {name}") for name in ("power:x", "power:", "power", "foo", "whiten:3")],
         ([*good, "--loss", "power:nan"], "--loss power:nan"),
@@ -1410,14 +1416,14 @@ def test_documented_commands_parse():
         words = shlex.split(command)
         scripts = [i for i, word in enumerate(words) if word.endswith(".py")]
         if words[0] in ("torchrun", "python", "srun") and scripts:
-            script, arguments = Path(words[scripts[0]]).name, words[scripts[0] + 1 :]
+            script, arguments = Path(words[scripts[0]]).name, [w for w in words[scripts[0] + 1 :] if w != "&"]
             seen.add(script)
             if script == "intl.py":
                 assert set(arguments) <= {"--plot", "--benchmark"} or arguments[0] == "--plot", command
             else:
                 scripts_of[script].parse(arguments)
         else:
-            assert words[0] in ("git", "cd", "python3", ".", "pip", "pytest", "mkdir", "tensorboard"), command
+            assert words[0] in ("git", "cd", "python3", ".", "pip", "pytest", "mkdir", "tensorboard", "trap", "wait"), command
     assert seen == {"intl.py", *scripts_of}
 
 
@@ -1997,6 +2003,9 @@ def test_bad_detection_commands_fail_with_one_clear_line(finished, scenes, tmp_p
         ([*good, "--recipe", "coco-2x", "--val-images", "x"], "go together"),
         ([*SMALL, "--recipe", "coco-2x", *checkpoint], "--recipe coco-2x needs --data FOLDER"),
         ([*good, "--checkpoint", "nosuch.pt"], "nosuch.pt: no such file"),
+        (["--data", str(scenes)], "runs/shapes/checkpoint.pt: no such file. `torchrun train.py` makes it"),
+        ([*SMALL, "--recipe", "coco-2x"], "--recipe coco-2x needs --checkpoint FILE, or --random --arch NAME"),
+        ([*SMALL, "--recipe", "coco-2x", "--random", "--arch", "vit_tiny"], "vit_tiny: detection needs a ResNet"),
         ([*good, "--checkpoint", "vit.pt"], "vit_tiny: detection needs a ResNet"),
         ([*good, "--model", "fpn"], "needs five sizes, got 3"),
         ([*good, "--trainable-layers", "6"], "has five stages"),

@@ -1,6 +1,6 @@
 """Pretrain a backbone with INTL, or with its kin, on one CPU, one GPU or many nodes.
 
-    torchrun train.py                                                          # shapes: no data, no GPU, 4 minutes
+    torchrun train.py                                                          # shapes: no data, no GPU, 3 minutes
     mkdir -p data/cifar10 && torchrun train.py --recipe cifar10 --data data/cifar10       # downloads CIFAR-10 there
     torchrun --nproc_per_node 8 train.py --recipe imagenet --data /data/imagenet
     torchrun --nproc_per_node 8 train.py --recipe imagenet --data /photos      # any tree of images; labels not needed
@@ -73,7 +73,9 @@ class Recipe:
     out: int = flag(2048, "projector: width of the embedding")
     epochs: int = flag(100, "length of the whole schedule")
     batch_size: int = flag(256, "GLOBAL batch, over all processes; the loss depends on it, so it is no neutral knob")
-    base_lr: float = flag(0.3, "learning rate per 256 images of the global batch")
+    base_lr: float = flag(
+        0.3, "learning rate per 256 images of the global batch; imagenet-multicrop: as published for --epochs"
+    )
     final_lr: float = flag(0.001, "cosine ends at this fraction of the learning rate")
     warmup_epochs: int = flag(2, "linear warm-up")
     weight_decay: float = flag(1e-4, "SGD weight decay")
@@ -308,15 +310,22 @@ def draw_shapes(seed: int, indices: range, size: int = 32) -> tuple[Tensor, Tens
 
 def index_folder(folder: Path) -> tuple[list[Path], Tensor | None, list[str]]:
     """Image paths below `folder` in sorted order, with labels if all of them lie in sub-folders, the classes."""
-    seen, paths = set(), []
+    seen, paths, ignored = set(), [], []
     for where, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [] if os.path.realpath(where) in seen else [f for f in folders if not f.startswith(".")]
         if os.path.realpath(where) not in seen:  # a link may lead back
             seen.add(os.path.realpath(where))
-            paths += [Path(where) / n for n in names if Path(n).suffix.lower() in SUFFIXES and not n.startswith(".")]
+            seen_names = [n for n in names if not n.startswith(".")]
+            paths += [Path(where) / n for n in seen_names if Path(n).suffix.lower() in SUFFIXES]
+            ignored += [Path(n).suffix.lower() for n in seen_names if Path(n).suffix.lower() not in SUFFIXES]
     paths.sort()
     if not paths:
         fail(f"{folder} holds no images ({', '.join(sorted(SUFFIXES))})")
+    if ignored:
+        endings = ", ".join(sorted(set(ignored))[:8])
+        say(
+            f"{folder}: {len(ignored)} files that end otherwise than in {', '.join(sorted(SUFFIXES))} are left out ({endings})"
+        )
     if any(p.parent == folder for p in paths):
         return paths, None, []
     names = [p.relative_to(folder).parts[0] for p in paths]
@@ -356,10 +365,15 @@ def load_data(
     root = Path(data)
     if not root.is_dir():
         fail(f"--data {root}: no such folder")
+    if dataset == "folder" and list(root.glob("cifar-*")):
+        fail(f"--data {root} looks like torchvision's CIFAR: give --dataset cifar10 or cifar100")
     if (root / "val").is_dir() and not (root / "train").is_dir():
         fail(f"{root} has a val/ but no train/")
     if not (root / "train").is_dir():
         return load_cifar(dataset, root, device) if dataset != "folder" else (load_folder(root, device, cache_mb, skip), None)
+    others = sorted({path.name for path in root.iterdir() if path.is_dir()} - {"train", "val", "test"})
+    if others:
+        say(f"images are those of {root}/train; {', '.join(others[:5])} beside it are left out")
     train = load_folder(root / "train", device, cache_mb, skip)
     val = load_folder(root / "val", device, cache_mb) if (root / "val").is_dir() else None
     if val and (len(val) < 2 or not val.classes):
@@ -881,7 +895,7 @@ def load_checkpoint(path: Path) -> dict:
     except pickle.UnpicklingError:
         fail(
             f"{path} holds more than tensors and numbers, or is damaged; it is not unpickled, since that could run code. If you "
-            "trust it, save its tensors alone: torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW)"
+            "trust it, save its tensors alone: torch.save({'state_dict': torch.load(FILE, weights_only=False)['state_dict']}, NEW)"
         )
     except Exception as error:  # a damaged file raises nearly anything
         fail(f"{path} cannot be read as a checkpoint ({(str(error).splitlines() or [type(error).__name__])[0]})")
@@ -943,7 +957,8 @@ def optional(kind: type):
 
 def add_fields(parser: argparse.ArgumentParser, kind: type):
     """A flag for each field of the recipe."""
-    group = parser.add_argument_group("fields of the recipe, which these flags override")
+    title = "fields of the recipe, which these flags override; every run prints its values; none means no value"
+    group = parser.add_argument_group(title)
     for f in fields(kind):
         options = dict(f.metadata, default=argparse.SUPPRESS)
         if f.type is bool:
@@ -973,11 +988,18 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Recipe]:
     add("--max-steps", type=int, help="stop after this many steps of the schedule")
     add("--benchmark", type=int, metavar="N", help="time N steps, their parts and the input, and write nothing")
     add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that decode images, for each process")
-    add("--cache-mb", type=int, default=1024, help="keep images in memory up to this many MiB")
+    add(
+        "--cache-mb",
+        type=int,
+        default=1024,
+        help="keep images in memory, the GPU's if there is one, up to this many MiB (%(default)s)",
+    )
     add("--skip-unreadable", action="store_true", help="count unreadable training images and go on without them")
-    add("--log-every", type=int, default=10, help="steps between two lines")
-    add("--save-every", type=int, default=1, help="epochs between two checkpoints")
-    add("--knn-images", type=int, default=20_000, help="training images that vote in each epoch's k-NN; 0: no k-NN")
+    add("--log-every", type=int, default=10, help="steps between two lines (%(default)s)")
+    add("--save-every", type=int, default=1, help="epochs between two checkpoints (%(default)s)")
+    add(
+        "--knn-images", type=int, default=20_000, help="training images that vote in each epoch's k-NN (%(default)s); 0: none"
+    )
     add("--device", default="auto", choices=["auto", "cpu", "cuda"])
     add("--precision", default="auto", choices=["auto", "bfloat16", "float16", "float32"])
     add("--compile", action="store_true", help="torch.compile the backbone")
@@ -1050,6 +1072,11 @@ def check(recipe: Recipe, args: argparse.Namespace):
         )
     if recipe.arch.startswith("vit") and len(set(recipe.view_sizes)) > 1:
         fail("--arch vit_* takes views of one size: its position embedding has one length")
+    n = recipe.batch_size if recipe.axis == "channel" else recipe.out
+    if recipe.loss == "intl" and recipe.beta is None and n <= 8:
+        fail(
+            f"--beta: the weight 0.01 (log2 n - 3) of the trace loss is not positive for n = {n}; a larger batch, or give one"
+        )
     build_criterion(recipe)
 
 
@@ -1069,7 +1096,10 @@ def resume_point(folder: Path, config: dict, fresh: bool, keys: set[str]) -> dic
     except (OSError, ValueError, AttributeError):
         fail(f"{folder}/config.json is damaged: choose another --output or give --fresh")
     if names:
-        differing = ", ".join(f"{name} {there.get(name)} there and {config.get(name)} here" for name in names)
+        told = {name: f"{name} {there.get(name)} there and {config.get(name)} here" for name in names} | {
+            "data": "other images"
+        }
+        differing = ", ".join(told[name] for name in names)
         fail(f"{folder} holds another run ({differing}): choose another --output or give --fresh")
     if not (folder / "checkpoint.pt").exists():
         return None
@@ -1474,6 +1504,7 @@ def main(argv: list[str] | None = None):
         dist.barrier()
         dist.destroy_process_group()
     if step >= last:
+        say(f"saved {folder / 'backbone.pt'}")
         if None not in (history["random_knn"], history["trained_knn"]):
             say(f"5-NN top-1 on {len(queried)} held-out images: random network {history['random_knn']:.1f} %, "
                 f"after {step / steps:g} epochs {history['trained_knn']:.1f} %")  # fmt: skip
