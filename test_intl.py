@@ -1043,6 +1043,9 @@ def test_two_processes_train_and_evaluate(kind, cache, photos, tmp_path):
     run = run_script("train.py", *TINY, *flags, processes=2)
     assert run.returncode == 0, run.stderr
     assert "on 2 process(es)" in run.stdout and "after 2 epochs" in run.stdout
+    flags = ["--checkpoint", tmp_path / "two" / "backbone.pt", "--data", photos / kind, "--cache-mb", cache, "--epochs", "1"]
+    run = run_script("linear_eval.py", *flags, "--protocol", "finetune", "knn", "--batch-size", "16", processes=2)
+    assert run.returncode == 0 and "15 validation images" in run.stdout and "Traceback" not in run.stderr, run.stderr
 
 
 @pytest.mark.parametrize("kind", ["same", "mixed"])
