@@ -104,7 +104,7 @@ RECIPES = {
     "coco-1x": Recipe(images=1_440_000),
     # This project's own, for CPUs: small images, few regions.
     "shapes": Recipe(
-        images=1600, batch_size=4, warmup_images=160, short_sides=(128,), test_short_side=128, long_side=256,
+        images=1600, batch_size=4, base_lr=0.08, warmup_images=160, short_sides=(128,), test_short_side=128, long_side=256,
         anchors=(16, 32, 64), train_proposals=(200, 50), test_proposals=(200, 30), rois=16, detections=10,
     ),
 }  # fmt: skip
