@@ -10,6 +10,7 @@ Every field of a recipe is a flag. A second run of the same command resumes. Out
 """
 
 import argparse
+import atexit
 import copy
 import dataclasses
 import fcntl
@@ -620,17 +621,25 @@ class Interrupts:
             signal.signal(name, handler)
 
 
-def outlive_signals(worker: int):
+OVER = multiprocessing.Event()  # the run has ended: its workers may go
+atexit.register(OVER.set)  # runs before multiprocessing sends them SIGTERM and waits
+
+
+def outlive_signals(over, worker: int):
     """torchrun and Slurm send SIGTERM to workers too, but the run needs them until it has saved; they leave with it, or
     after 10 minutes."""
     for name in STOPPING:
-        signal.signal(name, lambda number, frame: signal.alarm(600))
+        signal.signal(name, lambda number, frame: os._exit(0) if over.is_set() else signal.alarm(600))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
 
 def read(dataset: torch.utils.data.Dataset, workers: int, **sampling):
     """Batches that workers make, or none: this process. An unreadable image ends the run with its name."""
-    options = {"num_workers": workers, "prefetch_factor": 4 if workers else None, "worker_init_fn": outlive_signals}
+    options = {
+        "num_workers": workers,
+        "prefetch_factor": 4 if workers else None,
+        "worker_init_fn": functools.partial(outlive_signals, OVER),
+    }
     pin = torch.cuda.is_available() and workers > 0
     loader = torch.utils.data.DataLoader(dataset, pin_memory=pin, **options, **sampling)
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # a worker is born deaf, until outlive_signals has run in it
