@@ -16,7 +16,6 @@ the images in images/train), or give --train-images, --train-annotations, --val-
 import argparse
 import contextlib
 import dataclasses
-import hashlib
 import itertools
 import json
 import math
@@ -51,26 +50,31 @@ from train import (
     SHAPES,
     Interrupts,
     Log,
+    Packed,
     UnreadableImage,
     add_fields,
     any_process,
     build_backbone,
     choose_device,
     choose_precision,
-    claim,
     compare_steps,
     decode,
+    digest,
+    distribute,
     fail,
     flag,
+    leave,
     leave_together,
     override,
     rank_and_world,
     read,
     resume_point,
     rng,
+    save_all,
     save_atomically,
     say,
     shape_level,
+    unify_buffers,
 )
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -163,6 +167,15 @@ def encode_mask(mask: Tensor) -> dict:
     return {"size": list(runs["size"]), "counts": runs["counts"].decode()}
 
 
+def decode_mask(outline: dict | list, height: int, width: int) -> Tensor:
+    """COCO's polygons, run lengths or compressed run lengths -> (h, w) uint8."""
+    if isinstance(outline, list):
+        outline = rle.merge(rle.frPyObjects(outline, height, width))
+    elif isinstance(outline["counts"], list):
+        outline = rle.frPyObjects(outline, height, width)
+    return torch.from_numpy(rle.decode(outline))
+
+
 def measured(mask: Tensor) -> dict:
     runs = encode_mask(mask)
     return {"segmentation": runs, "bbox": rle.toBbox(runs).tolist(), "area": float(rle.area(runs))}
@@ -235,6 +248,8 @@ class CocoImages(torch.utils.data.Dataset):
         self.category_ids = sorted(self.coco.cats)
         self.names = [str(self.coco.cats[c]["name"]) for c in self.category_ids]
         self.ids = sorted(self.coco.imgs)
+        self.rows = {image_id: row for row, image_id in enumerate(self.ids)}
+        self.records = Packed(json.dumps([self.coco.imgs[i], self.coco.imgToAnns[i]]) for i in self.ids)
         missing = [name for name in (self.coco.imgs[i]["file_name"] for i in self.ids) if not (folder / name).is_file()]
         if missing:
             fail(
@@ -257,35 +272,42 @@ class CocoImages(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.ids)
 
+    def __getstate__(self) -> dict:  # what each worker gets a copy of
+        return self.__dict__ | {"coco": None}
+
+    def record(self, image_id: int) -> tuple[dict, list[dict]]:
+        """Of the file: the image's entry, and its annotations."""
+        return json.loads(self.records[self.rows[image_id]])
+
     def path(self, image_id: int) -> Path:
-        return self.folder / self.coco.imgs[image_id]["file_name"]
+        return self.folder / self.record(image_id)[0]["file_name"]
 
     def check_size(self, image_id: int, height: int, width: int):
-        record = self.coco.imgs[image_id]
-        if (height, width) != (record["height"], record["width"]):
+        entry, _ = self.record(image_id)
+        if (height, width) != (entry["height"], entry["width"]):
             fail(f"{self.path(image_id)} has {width} x {height} pixels, but {self.annotations} says "
-                 f"{record['width']} x {record['height']}", alone=True)  # fmt: skip
+                 f"{entry['width']} x {entry['height']}", alone=True)  # fmt: skip
 
     def objects(self, image_id: int) -> list[dict]:
         """Its annotations that train: no crowds, and a pixel at least in each direction inside the image."""
-        width, height = self.coco.imgs[image_id]["width"], self.coco.imgs[image_id]["height"]
+        entry, annotations = self.record(image_id)
 
         def trains(annotation: dict) -> bool:
             x, y, w, h = annotation["bbox"]
-            inside = min(x + w, width) - max(x, 0) >= 1 and min(y + h, height) - max(y, 0) >= 1
+            inside = min(x + w, entry["width"]) - max(x, 0) >= 1 and min(y + h, entry["height"]) - max(y, 0) >= 1
             return inside and not annotation["iscrowd"]
 
-        return [a for a in self.coco.imgToAnns[image_id] if trains(a)]
+        return [a for a in annotations if trains(a)]
 
     def target(self, image_id: int) -> dict[str, Tensor]:
-        height, width = self.coco.imgs[image_id]["height"], self.coco.imgs[image_id]["width"]
-        objects = self.objects(image_id)
+        entry, objects = self.record(image_id)[0], self.objects(image_id)
+        height, width = entry["height"], entry["width"]
         boxes = torch.tensor([a["bbox"] for a in objects], dtype=torch.float32).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         target = {"boxes": boxes.clamp(min=0).minimum(torch.tensor([width, height, width, height]))}
         target["labels"] = torch.tensor([self.category_ids.index(a["category_id"]) + 1 for a in objects], dtype=torch.int64)
         if self.masks:
-            masks = [torch.from_numpy(self.coco.annToMask(a)) for a in objects]
+            masks = [decode_mask(a["segmentation"], height, width) for a in objects]
             target["masks"] = torch.stack(masks) if masks else torch.zeros(0, height, width, dtype=torch.uint8)
         return target
 
@@ -295,7 +317,8 @@ class CocoImages(torch.utils.data.Dataset):
         image = decode(self.path(image_id), upright=True)
         if not self.training:
             return image, image_id
-        if image.shape[1:] != (self.coco.imgs[image_id]["height"], self.coco.imgs[image_id]["width"]):
+        entry, _ = self.record(image_id)
+        if image.shape[1:] != (entry["height"], entry["width"]):
             raise UnreadableImage(f"{self.path(image_id)} has {image.shape[2]} x {image.shape[1]} pixels, but {self.annotations} "
                                   "says otherwise")  # fmt: skip
         target = self.target(image_id)
@@ -626,7 +649,7 @@ def draw_results(data: CocoImages, results: list[dict], path: Path, n: int = 6, 
                 kinds = [data.category_ids.index(o["category_id"]) for o in objects]
                 colours = [tuple(int(c) for c in torch.randint(64, 256, (3,), generator=rng("colour", k))) for k in kinds]
                 if data.masks:
-                    masks = torch.stack([torch.from_numpy(data.coco.annToMask({**o, "image_id": image_id})) for o in objects])
+                    masks = torch.stack([decode_mask(o["segmentation"], *image.shape[1:]) for o in objects])
                     picture = torchvision.utils.draw_segmentation_masks(picture, masks.bool(), alpha=0.4, colors=colours)
                 boxes = torch.tensor([o["bbox"] for o in objects], dtype=torch.float32)
                 boxes[:, 2:] += boxes[:, :2]
@@ -737,9 +760,7 @@ def main(argv: list[str] | None = None):
     steps = max(1, recipe.images // recipe.batch_size)
     last = min(steps, args.max_steps or steps)
     config = dataclasses.asdict(recipe) | {"recipe": args.recipe, "seed": args.seed, "train_images": len(train)}
-    weights = hashlib.blake2b(
-        b"".join(v.float().numpy().tobytes() for v in checkpoint.state.values()), digest_size=8
-    ).hexdigest()
+    weights = digest(b"".join(v.float().numpy().tobytes() for v in checkpoint.state.values()))
     config |= {"data": str(train.annotations), "weights": "random" if args.random else f"{args.checkpoint} ({weights})"}
     config = json.loads(json.dumps(config | {"arch": checkpoint.arch, "stem": checkpoint.stem}))
     fresh = args.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
@@ -766,16 +787,9 @@ def main(argv: list[str] | None = None):
             scaler.load_state_dict(saved["scaler"]) if saved["scaler"] else None
         except (KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
             fail(f"{folder}/checkpoint.pt does not fit this run: {' '.join(str(error).split())[:200]}")
-    ids = [torch.cuda.current_device()] if device.type == "cuda" else None
-    wrapped = nn.parallel.DistributedDataParallel(model, device_ids=ids) if world > 1 else model
+    wrapped = distribute(model, device)
 
-    log = None
-    if rank == 0:
-        try:
-            held = claim(folder, config, fresh)
-            log = Log(folder, step)
-        except OSError as error:
-            fail(f"--output {folder} cannot be written: {error}", alone=True)
+    log = Log.open(folder, config, fresh, step)
     trained, frozen = (sum(p.numel() for p in model.parameters() if p.requires_grad == b) / 1e6 for b in (True, False))
     say("configuration: " + ", ".join(f"{name} {value}" for name, value in config.items()))
     say(f"{checkpoint.arch} {recipe.model} with {'RANDOM weights' if args.random else args.checkpoint}; "
@@ -790,9 +804,7 @@ def main(argv: list[str] | None = None):
 
     def evaluate():
         started = time.time()
-        if world > 1:  # without SyncBatchNorm every process has statistics of its own; the first one's are saved
-            for buffer in model.buffers():
-                dist.broadcast(buffer, 0)
+        unify_buffers(model)
         results = predict(model, val, recipe, device, args.workers)
         if rank == 0:
             try:
@@ -810,13 +822,8 @@ def main(argv: list[str] | None = None):
 
     def save():
         if rank == 0:
-            try:
-                state = {"config": config, "step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
-                save_atomically(state | {"scaler": scaler.state_dict()}, folder / "checkpoint.pt")
-            except (OSError, RuntimeError) as error:
-                fail(
-                    f"{folder} cannot be written: {error}. Its checkpoint.pt is complete, if perhaps an older one", alone=True
-                )
+            state = {"config": config, "step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            save_all({folder / "checkpoint.pt": state | {"scaler": scaler.state_dict()}})
 
     interrupts, first, training, waited, pause = Interrupts(), step, 0.0, 0.0, time.time()
     compare_steps(step)
@@ -870,12 +877,7 @@ def main(argv: list[str] | None = None):
         evaluate()
     batches.close()
     interrupts.restore()
-    if log:
-        log.board.close()
-        held.close()
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+    leave(log)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ Results are appended to results.jsonl beside the checkpoint. `linear` and `finet
 """
 
 import argparse
-import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -37,27 +37,33 @@ from train import (
     MEAN_STD,
     Images,
     Interrupts,
+    Packed,
     Recipe,
     any_process,
     build_backbone,
     choose_device,
     choose_precision,
     compare_steps,
+    digest,
+    distribute,
     encode,
     epoch_order,
     fail,
     gather_shares,
     knn_accuracy,
+    leave,
     leave_together,
     load_checkpoint,
     load_data,
     nearest,
     rank_and_world,
     rng,
-    save_atomically,
+    save_all,
     say,
+    share_of,
     still_batches,
     training_views,
+    unify_buffers,
 )
 
 # The published settings. `rates`: of the classifiers; the first is the protocol's own (0.4 after multi-crop with a
@@ -270,9 +276,8 @@ def validate(model: Classifier, val: Images, dataset: str, size: int, device: to
     mine = torch.arange(len(val))[rank::world]
     correct, training = torch.zeros(len(model.heads), 2, dtype=torch.long, device=device), model.training
     total = torch.tensor(0, device=device)
-    if world > 1 and not model.frozen:  # on CPUs every process has BN statistics of its own; the first one's are saved
-        for buffer in model.backbone.buffers():
-            dist.broadcast(buffer, 0)
+    if not model.frozen:
+        unify_buffers(model.backbone)
     model.eval()
     batches = still_batches(val, mine, dataset, size, device, workers) if len(mine) else []
     for x, rows in zip(batches, mine.split(128)):
@@ -296,7 +301,7 @@ def labelled_rows(images: Images, percent: int, labels_file: str | None, seed: i
         if not images.paths:
             fail("--labels-file needs --data with a folder per class: torchvision's CIFAR has no file names")
         by_name = {}
-        for i, path in enumerate(images.paths):  # as name.jpg, or class/name.jpg where names repeat
+        for i, path in enumerate(map(Path, images.paths)):  # as name.jpg, or class/name.jpg where names repeat
             for name in (path.name, f"{path.parent.name}/{path.name}"):
                 by_name.setdefault(name, []).append(i)
         wanted = [line.strip() for line in lines if line.strip()]
@@ -322,7 +327,8 @@ def labelled_rows(images: Images, percent: int, labels_file: str | None, seed: i
 def subset(images: Images, rows: Tensor) -> Images:
     pixels = images.pixels
     pixels = pixels[rows.to(pixels.device)] if isinstance(pixels, Tensor) else pixels and [pixels[i] for i in rows.tolist()]
-    return Images(pixels, images.paths and [images.paths[i] for i in rows.tolist()], images.labels[rows], images.classes)
+    paths = images.paths and Packed(images.paths[i] for i in rows.tolist())
+    return Images(pixels, paths, images.labels[rows], images.classes)
 
 
 def rate_factor(protocol: str, step: int, steps: int, epochs: int) -> float:
@@ -378,17 +384,13 @@ def train_classifier(
             fail(f"{path} does not fit: {' '.join(str(error).split())[:200]}. Give --fresh to start over")
         say(f"{protocol}: resuming at step {step} of {steps * epochs}")
     compare_steps(step)
-    ids = [torch.cuda.current_device()] if device.type == "cuda" else None
-    wrapped = nn.parallel.DistributedDataParallel(model, device_ids=ids) if world > 1 else model
+    wrapped = distribute(model, device)
 
     def save():
         if rank == 0:
             kept = {k: v for k, v in model.state_dict().items() if not frozen or k.startswith("heads.")}
             state = {"settings": settings, "step": step, "model": kept, "optimizer": optimizer.state_dict()}
-            try:
-                save_atomically(state | {"scaler": scaler.state_dict()}, path)
-            except (OSError, RuntimeError) as error:
-                fail(f"{path} cannot be written: {error}", alone=True)
+            save_all({path: state | {"scaler": scaler.state_dict()}})
 
     interrupts, began, first, shown = Interrupts(), time.time(), step, time.time()
     say(f"{protocol}: {len(train)} images, {epochs} epochs of {steps} steps, global batch {batch}, learning rates "
@@ -399,8 +401,8 @@ def train_classifier(
     while step < steps * epochs:
         epoch, position = divmod(step, steps)
         if position == 0 or step == first:
-            share = slice(rank * batch // world, (rank + 1) * batch // world)
-            labels = train.labels[epoch_order(len(train), args.seed, epoch, batch)[:, share]].to(device)  # (steps, b)
+            order = epoch_order(len(train), args.seed, epoch, batch)
+            labels = train.labels[order[:, share_of(batch)]].to(device)  # (steps, b)
         for group in optimizer.param_groups:
             group["lr"] = group["rate"] * rate_factor(protocol, step, steps, epochs)
         logits = wrapped(next(views)[0])  # (H, b, classes)
@@ -433,6 +435,55 @@ def train_classifier(
 
 
 # ------------------------------------------------------------------------------------------------------------------
+# Runs side by side
+
+
+def compare(folders: list[str], plot: str | None = None):
+    """A Markdown table of the runs in these folders of train.py, evaluated by `features knn`: a row for those that differ in
+    nothing but their seed, named by the fields in which the rows differ, with mean and standard deviation; and the spectra
+    of the first runs' embeddings as a picture."""
+    runs = []  # configuration without the seed, numbers, spectrum
+    for folder in map(Path, folders):
+        try:
+            config = json.loads((folder / "config.json").read_text())
+            log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+            results = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+            top1 = {r["protocol"]: r["top1"] for r in results if r["weights"] == "pretrained"}
+            last = next(line for line in reversed(log) if "embedding_spectrum" in line)
+            speed = next(line["images_per_second"] for line in reversed(log) if "images_per_second" in line)
+            numbers = {"linear top-1": top1["features"], "5-NN top-1": top1["knn"]}
+        except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
+            fail(f"{folder} is no finished run of train.py, evaluated by --protocol features knn: {error!r}")
+        numbers |= {"effective rank of features": last["feature_rank"], "of embedding": last["embedding_rank"]}
+        numbers |= {"condition number": last["embedding_condition"], "seconds an epoch": config["images"] / speed}
+        identity = {name: value for name, value in config.items() if name not in ("seed", "data")}
+        runs.append((identity, numbers, last["embedding_spectrum"]))
+    differing = [name for name in runs[0][0] if any(run[0].get(name) != runs[0][0][name] for run in runs)]
+    rows = {}
+    for identity, numbers, eigenvalues in runs:
+        label = ", ".join(f"{name} {identity.get(name)}" for name in differing) or "all"
+        rows.setdefault(label, []).append((numbers, eigenvalues))
+    columns = list(runs[0][1])
+    print(f"| | seeds | {' | '.join(columns)} |\n|---|---|{'---|' * len(columns)}")
+    for label, group in rows.items():
+        values = torch.tensor([list(numbers.values()) for numbers, _ in group], dtype=torch.float64)  # (runs, columns)
+        spread = values.std(0).tolist() if len(group) > 1 else [None] * len(columns)
+        cells = [f"{m:.3g}" + ("" if s is None else f" ± {s:.2g}") for m, s in zip(values.mean(0).tolist(), spread)]
+        print(f"| {label} | {len(group)} | {' | '.join(cells)} |")
+    if plot:
+        import matplotlib.pyplot as plt
+
+        _, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+        for label, group in rows.items():
+            eigenvalues = torch.tensor(group[0][1])
+            axes.semilogy(range(1, len(eigenvalues) + 1), eigenvalues / eigenvalues[0], label=label)
+        axes.set(xlabel="eigenvalue of the embedding's covariance", ylabel="relative to the largest", ylim=(1e-8, 2))
+        axes.legend()
+        plt.savefig(plot, dpi=120)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Command line, and the run
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -471,6 +522,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", default="auto", choices=["auto", "cpu", "cuda"])
     add("--output", help="folder of results.jsonl (default: the checkpoint's, or runs/random)")
     add("--fresh", action="store_true", help="linear, finetune: start over instead of resuming")
+    add("--compare", nargs="+", metavar="RUN", help="instead: one table of these folders of train.py, evaluated before")
+    add("--plot", metavar="FILE", help="compare: draw the spectra of the embeddings (needs matplotlib)")
     return parser.parse_args(argv)
 
 
@@ -494,6 +547,10 @@ def check(args: argparse.Namespace):
         fail(f"--batch-size {args.batch_size} is not divisible among {world} processes, with two images at least for each")
     if args.labels_file and args.percent:
         fail("--labels-file and --percent both choose the labels: give one of them")
+    if args.plot and not args.compare:
+        fail("--plot draws what --compare reads")
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        fail("--plot needs matplotlib: pip install matplotlib")
     if args.random and not (args.checkpoint or args.arch):
         fail("--random needs --arch, or a --checkpoint whose architecture it takes")
 
@@ -521,14 +578,12 @@ def knn(share: Tensor, queries: Tensor, labels: Tensor, expected: Tensor, device
     return rows
 
 
-def digest(content: bytes) -> str:
-    return hashlib.blake2b(content, digest_size=8).hexdigest()
-
-
 @leave_together
 def main(argv: list[str] | None = None):
     args = parse(argv)
     check(args)
+    if args.compare:
+        return compare(args.compare, args.plot)
     device = choose_device(args.device)
     dtype, _ = choose_precision(args.precision, device)
     rank, world = rank_and_world()
@@ -627,9 +682,7 @@ def main(argv: list[str] | None = None):
     for protocol, classifier, top1, top5, own in table:
         say(f"{protocol:10} {classifier:30} {top1:7.2f} {'' if top5 is None else f'{top5:.2f}':>7}"
             f"{'  as published' * own}")  # fmt: skip
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

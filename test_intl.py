@@ -6,6 +6,7 @@ once with the official release, torchvision's per-image functions, one process i
 
 import argparse
 import colorsys
+import importlib.util
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import PIL.Image
@@ -485,6 +487,7 @@ def test_a_lone_copy_trains(tmp_path):
     (tmp_path / "run.py").write_text(
         """
 import sys
+import time
 for name in ("torchvision", "numpy", "train", "matplotlib", "tensorboard", "pycocotools"):
     sys.modules[name] = None  # importing it raises ImportError
 import torch, intl
@@ -1116,6 +1119,7 @@ def test_a_process_that_fails_alone_takes_the_others_along_without_a_traceback(p
 
 WITHOUT_BN = f"""
 import sys
+import time
 sys.path.insert(0, {str(HERE)!r})
 import torch, train
 class Network(torch.nn.Module):
@@ -1205,6 +1209,57 @@ def test_sigterm_to_torchrun_saves_before_the_processes_leave(photos, tmp_path):
             break
     assert "told to stop: saved at step" in process.communicate(timeout=60)[0]
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] >= 5
+
+
+READER = """
+import os, sys, time, train
+class Pids:
+    def __len__(self): return 10_000
+    def __getitem__(self, i):
+        time.sleep(0.05)
+        return [os.getpid(), os.getppid()]
+if __name__ == "__main__":
+    for pids in train.read(Pids(), 2, batch_size=None):
+        print(*pids, flush=True)
+"""
+
+
+def alive(pid):
+    """Running, not a zombie that nobody has asked for."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_workers_hear_no_signals_and_leave_with_a_killed_run(tmp_path):
+    """The signals that torchrun and Slurm send to all processes, the server that forks the workers among them."""
+    (tmp_path / "reader.py").write_text(READER)
+    with subprocess.Popen(
+        [sys.executable, tmp_path / "reader.py"], stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
+    ) as process:
+        pids = {int(pid) for _ in range(20) for pid in process.stdout.readline().split()}
+        assert len(pids) == 3 and process.pid not in pids  # two workers, and the server
+        for pid in pids:
+            for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+                os.kill(pid, name)
+        for _ in range(40):
+            assert {int(pid) for pid in process.stdout.readline().split()} <= pids
+        process.kill()
+        process.wait(timeout=20)
+    deadline = time.time() + 20
+    while any(map(alive, pids)) and time.time() < deadline:
+        time.sleep(0.1)
+    assert not any(map(alive, pids))
+
+
+def test_packed_strings_come_back_and_are_shared():
+    strings = ["", "a/b.png", "grün/日本.jpg", "not utf-8 \udcff", "x" * 1000]
+    packed = train.Packed(strings)
+    assert len(packed) == 5 and list(packed) == strings == [packed[i] for i in range(5)]
+    assert list(train.Packed([])) == []
+    shared = train.WORKERS.reducer.ForkingPickler.dumps(train.Packed(f"{i}.png" for i in range(100_000)))
+    assert len(shared) < 2000
 
 
 def test_unreadable_images_can_be_skipped(photos, tmp_path, capsys):
@@ -1411,7 +1466,8 @@ def test_documented_commands_parse():
     """Every command of the README and of the scripts' own descriptions, by the scripts' parsers."""
     scripts_of = {"train.py": train, "linear_eval.py": linear_eval, "detect_transfer.py": detect_transfer}
     text = (HERE / "README.md").read_text()
-    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.S)).replace("\\\n", " ")
+    blocks = [b for b in re.findall(r"```bash\n(.*?)```", text, re.S) if not b.startswith("for ")]
+    blocks = "\n".join(blocks).replace("\\\n", " ")
     described = [line for script in scripts_of.values() for line in script.__doc__.splitlines() if line.startswith("    ")]
     blocks += "\n" + "\n".join(line for line in described if re.match(r" +(python|torchrun|mkdir) ", line))
     commands = [c.strip() for line in blocks.splitlines() for c in line.split("#")[0].split("&&") if c.strip()]
@@ -1429,6 +1485,24 @@ def test_documented_commands_parse():
         else:
             assert words[0] in ("git", "cd", "python3", ".", "pip", "pytest", "mkdir", "tensorboard", "trap", "wait"), command
     assert seen == {"intl.py", *scripts_of}
+
+
+def test_documented_comparison_starts_every_method(tmp_path):
+    """The README's loop, by bash itself, with functions in the place of the programs."""
+    (loop,) = re.findall(r"```bash\n(for .*?)```", (HERE / "README.md").read_text(), re.S)
+    echo = "() { printf '%s\\n' \"$@\" | python3 -c 'import json, sys; print(json.dumps(sys.stdin.read().splitlines()))'; }\n"
+    run = subprocess.run(
+        ["bash", "-ec", f"torchrun{echo}python{echo}{loop}"], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    commands = [json.loads(line) for line in run.stdout.splitlines()]
+    trained = [train.parse(words[1:]) for words in commands if words[0] == "train.py"]
+    for args, recipe in trained:
+        train.check(recipe, args)
+    evaluated = [linear_eval.parse(words[1:]) for words in commands if words[0] == "linear_eval.py"]
+    assert len(trained) + len(evaluated) == len(commands) and evaluated.pop().compare
+    assert [f"{args.output}/checkpoint.pt" for args, _ in trained] == [args.checkpoint for args in evaluated]
+    methods = {(r.loss, r.orthogonality) for _, r in trained}
+    assert len(methods) == 9 and len(trained) == 27 == len({(args.output, args.seed) for args, _ in trained})
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -1554,6 +1628,34 @@ def evaluate(arguments, monkeypatch):
     return networks[-1].state_dict()
 
 
+def test_runs_are_compared_by_what_differs_among_them(finished, photos, tmp_path, capsys):
+    linear_eval.main(["--checkpoint", str(finished[0] / "checkpoint.pt"), "--data", str(photos / "same"), "--epochs", "1"])
+    top1, knn = (json.loads(line)["top1"] for line in (finished[0] / "results.jsonl").read_text().splitlines()[-2:])
+    rank = json.loads((finished[0] / "log.jsonl").read_text().splitlines()[-1])["embedding_rank"]
+    for name, seed, loss, gain in (("a", 0, "intl", 0), ("b", 1, "intl", 2), ("c", 0, "none", 5)):
+        shutil.copytree(finished[0], tmp_path / name)
+        config = json.loads((tmp_path / name / "config.json").read_text()) | {"seed": seed, "loss": loss}
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        results = [json.loads(line) for line in (tmp_path / name / "results.jsonl").read_text().splitlines()]
+        rows = [json.dumps(r | {"top1": r["top1"] + gain}) + "\n" for r in results]
+        (tmp_path / name / "results.jsonl").write_text("".join(rows))
+    capsys.readouterr()
+    picture = tmp_path / "spectrum.png"
+    has_matplotlib = importlib.util.find_spec("matplotlib")
+    linear_eval.main(["--compare", *map(str, sorted(tmp_path.iterdir()))] + ["--plot", str(picture)] * bool(has_matplotlib))
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
+    assert table[0][2:4] == ["linear top-1", "5-NN top-1"] and [row[:2] for row in table[2:]] == [
+        ["loss intl", "2"],
+        ["loss none", "1"],
+    ]
+    assert table[2][2:6:3] == [f"{top1 + 1:.3g} ± 1.4", f"{rank:.3g} ± 0"] and table[3][3] == f"{knn + 5:.3g}"
+    assert picture.exists() == bool(has_matplotlib)
+    (tmp_path / "b" / "results.jsonl").unlink()
+    with pytest.raises(SystemExit):
+        linear_eval.main(["--compare", *map(str, sorted(tmp_path.glob("?")))])
+    assert "b is no finished run of train.py" in capsys.readouterr().err
+
+
 def test_the_backbone_is_frozen_unless_it_is_fine_tuned(finished, photos, tmp_path, monkeypatch, capsys):
     options = ["--checkpoint", finished[0] / "checkpoint.pt", "--data", photos / "same", "--output", tmp_path]
     options += ["--epochs", "2", "--batch-size", "16", "--workers", "1"]
@@ -1628,7 +1730,7 @@ def test_labelled_images_are_of_every_class_or_those_of_the_list(photos, tmp_pat
     assert again != linear_eval.labelled_rows(images, 10, None, 1).tolist()
     (tmp_path / "list.txt").write_text("class 2/3.png\nclass 0/11.png\n\n")
     some = linear_eval.subset(images, linear_eval.labelled_rows(images, 100, tmp_path / "list.txt", 0))
-    assert [f"{p.parent.name}/{p.name}" for p in some.paths] == ["class 0/11.png", "class 2/3.png"]
+    assert ["/".join(Path(p).parts[-2:]) for p in some.paths] == ["class 0/11.png", "class 2/3.png"]
     assert some.labels.tolist() == [0, 2]
 
 

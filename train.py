@@ -25,9 +25,11 @@ import pickle
 import resource
 import signal
 import sys
+import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
-from multiprocessing.sharedctypes import Synchronized
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 
 import torch
@@ -166,6 +168,31 @@ def leave_together(main):
     return wrapped
 
 
+def share_of(batch: int) -> slice:
+    """This process's part of a global batch."""
+    rank, world = rank_and_world()
+    return slice(rank * batch // world, (rank + 1) * batch // world)
+
+
+def distribute(module: nn.Module, device: torch.device) -> nn.Module:
+    """Under DistributedDataParallel where there are several processes."""
+    if rank_and_world()[1] == 1:
+        return module
+    ids = [torch.cuda.current_device()] if device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(module, device_ids=ids)
+
+
+def unify_buffers(module: nn.Module):
+    """Without SyncBatchNorm every process has statistics of its own; the first one's are evaluated and saved."""
+    if rank_and_world()[1] > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
+
+
 def say(message: str):
     if rank_and_world()[0] == 0:
         print(message, flush=True)
@@ -174,8 +201,7 @@ def say(message: str):
 def rng(*key) -> torch.Generator:
     """A generator that depends on the key alone. Every random number of a run comes from (seed, purpose, step, ...), so
     there is no generator state to save, and what is drawn does not depend on workers, processes or interruptions."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    return torch.Generator().manual_seed(int(digest(repr(key).encode()), 16) >> 1)
 
 
 def choose_device(name: str) -> torch.device:
@@ -227,13 +253,32 @@ MEAN_STD = {
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif"}
 
 
+class Packed:
+    """Strings, in one tensor that all workers share: a list of a million paths would be copied to each of them."""
+
+    def __init__(self, strings: Iterable[str]):
+        encoded = [os.fsencode(s) for s in strings]
+        self.ends = torch.tensor([0, *map(len, encoded)]).cumsum(0)
+        self.content = torch.frombuffer(bytearray(b"".join(encoded) or b" "), dtype=torch.uint8)
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, i: int) -> str:
+        return os.fsdecode(self.content[self.ends[i] : self.ends[i + 1]].numpy().tobytes())
+
+    def __iter__(self):
+        content = self.content.numpy().tobytes()
+        return (os.fsdecode(content[start:end]) for start, end in itertools.pairwise(self.ends.tolist()))
+
+
 @dataclass
 class Images:
     pixels: Tensor | list[Tensor] | None  # uint8 on the device: (n, 3, h, w), or n of (3, h, w); None: workers read `paths`
-    paths: list[Path] | None
+    paths: Packed | None
     labels: Tensor | None  # (n,) int64
     classes: list[str]
-    skipped: Synchronized | None = None  # with --skip-unreadable: how often a worker met an image that it could not read
+    skipped: Tensor | None = None  # with --skip-unreadable: how often each worker met an image that it could not read
 
     def __len__(self) -> int:
         return len(self.paths) if self.pixels is None else len(self.pixels)
@@ -243,7 +288,7 @@ class UnreadableImage(Exception):
     pass
 
 
-def decode(path: Path, upright: bool = False) -> Tensor:
+def decode(path: str | Path, upright: bool = False) -> Tensor:
     """(3, h, w) uint8, of an animation its first picture; upright: turned as its camera says."""
     try:
         mode = torchvision.io.ImageReadMode.RGB
@@ -337,7 +382,8 @@ def index_folder(folder: Path) -> tuple[list[Path], Tensor | None, list[str]]:
 def load_folder(folder: Path, device: torch.device, cache_mb: int, skip: bool = False) -> Images:
     """In memory if all images fit, else as paths. `skip`: go on without unreadable ones."""
     paths, labels, classes = index_folder(folder)
-    images = Images(None, paths, labels, classes, multiprocessing.Value("q", 0) if skip else None)
+    skipped = torch.zeros(1024, dtype=torch.int64).share_memory_() if skip else None
+    images = Images(None, Packed(map(str, paths)), labels, classes, skipped)
     pixels, size = [], 0
     for path in paths:
         try:
@@ -536,14 +582,14 @@ class Decoded(torch.utils.data.Dataset):
         index = key if isinstance(key, int) else key[1]
         if self.images.pixels is not None:
             return self.views(self.images.pixels[index], key)
-        for offset in range(len(paths) if skipped else 1):  # the next readable image stands in
+        for offset in range(1 if skipped is None else len(paths)):  # the next readable image stands in
             try:
                 return self.views(decode(paths[(index + offset) % len(paths)]), key)
             except UnreadableImage:
                 if skipped is None:
                     raise
-                with skipped.get_lock():
-                    skipped.value += 1
+                worker = torch.utils.data.get_worker_info()
+                skipped[worker.id if worker else 0] += 1
         raise UnreadableImage("none of the images can be read")
 
 
@@ -578,9 +624,8 @@ def epoch_order(n: int, seed: int, epoch: int, batch: int) -> Tensor:
 
 def training_views(images: Images, recipe: Recipe, seed: int, step: int, workers: int, device: torch.device):
     """Endless: for every step from `step` on, this process's share of each view, (b, 3, s, s), augmented."""
-    rank, world = rank_and_world()
     workers = workers if images.pixels is None else 0
-    share = slice(rank * recipe.batch_size // world, (rank + 1) * recipe.batch_size // world)
+    share = share_of(recipe.batch_size)
     steps = len(images) // recipe.batch_size
     while True:
         epoch, first = divmod(step, steps)
@@ -621,30 +666,45 @@ class Interrupts:
             signal.signal(name, handler)
 
 
-OVER = multiprocessing.Event()  # the run has ended: its workers may go
-atexit.register(OVER.set)  # runs before multiprocessing sends them SIGTERM and waits
+WORKERS = multiprocessing.get_context("forkserver")
+WORKERS.set_forkserver_preload(["torchvision.transforms.v2", "torch.distributed", "torch.utils.data"])
 
 
-def outlive_signals(over, worker: int):
-    """torchrun and Slurm send SIGTERM to workers too, but the run needs them until it has saved; they leave with it, or
-    after 10 minutes."""
-    for name in STOPPING:
-        signal.signal(name, lambda number, frame: os._exit(0) if over.is_set() else signal.alarm(600))
+def start_server():
+    """Workers are forked by a process of its own. A fork of this one, while a thread of gloo or autograd is anywhere in
+    Python or the allocator, would now and then leave the worker waiting for ever for a lock that the thread held.
+    torchrun and Slurm send SIGTERM to them too, but the run needs them until it has saved: the server is born with
+    these signals blocked, and so are its children."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    resource_tracker.ensure_running()  # unblocks some of them
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    forkserver.ensure_running()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+
+
+def leave_with_parent(worker: int):
+    """A worker's first act: however the run ends, its workers end as well."""
+
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+@atexit.register
+def end_workers():  # before multiprocessing asks them by SIGTERM, and waits
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 def read(dataset: torch.utils.data.Dataset, workers: int, **sampling):
     """Batches that workers make, or none: this process. An unreadable image ends the run with its name."""
-    options = {
-        "num_workers": workers,
-        "prefetch_factor": 4 if workers else None,
-        "worker_init_fn": functools.partial(outlive_signals, OVER),
-    }
-    pin = torch.cuda.is_available() and workers > 0
-    loader = torch.utils.data.DataLoader(dataset, pin_memory=pin, **options, **sampling)
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # a worker is born deaf, until outlive_signals has run in it
-    batches = iter(loader)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+    options = {"num_workers": workers, "pin_memory": torch.cuda.is_available() and workers > 0}
+    if workers:
+        start_server()
+        options |= {"prefetch_factor": 4, "multiprocessing_context": WORKERS, "worker_init_fn": leave_with_parent}
+    batches = iter(torch.utils.data.DataLoader(dataset, **options, **sampling))
     try:
         yield from batches
     except UnreadableImage as error:  # a worker's traceback ends with the message
@@ -896,6 +956,15 @@ def save_atomically(data, path: Path):
         raise
 
 
+def save_all(contents: dict[Path, object]):
+    """Of the first process."""
+    for path, content in contents.items():
+        try:
+            save_atomically(content, path)
+        except (OSError, RuntimeError) as error:
+            fail(f"{path} cannot be written: {error}. What was saved before is complete", alone=True)
+
+
 def load_checkpoint(path: Path) -> dict:
     """A file of tensors and primitives; anything else is refused, and nothing in it is executed."""
     try:
@@ -913,14 +982,26 @@ def load_checkpoint(path: Path) -> dict:
 class Log:
     """Lines on the terminal, the same numbers as JSON in log.jsonl and as scalars for TensorBoard; first process only."""
 
-    def __init__(self, folder: Path, step: int):
+    def __init__(self, folder: Path, config: dict, fresh: bool, step: int):
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only the first process writes
 
-        self.path = folder / "log.jsonl"
+        self.lock, self.path = claim(folder, config, fresh), folder / "log.jsonl"
         lines = self.path.read_text(errors="replace").splitlines() if step and self.path.exists() else []
         kept = [line for line in lines if 0 <= self.step_of(line) <= step]  # what came after the checkpoint comes again
         save_atomically("".join(line + "\n" for line in kept).encode(), self.path)
         self.board = SummaryWriter(folder, purge_step=step + 1 if step else 0)
+
+    @classmethod
+    def open(cls, folder: Path, config: dict, fresh: bool, step: int):
+        """Claims the folder for this run. None in all processes but the first."""
+        try:
+            return cls(folder, config, fresh, step) if rank_and_world()[0] == 0 else None
+        except OSError as error:
+            fail(f"--output {folder} cannot be written: {error}", alone=True)
+
+    def close(self):
+        self.board.close()
+        self.lock.close()
 
     @staticmethod
     def step_of(line: str) -> int:
@@ -935,10 +1016,19 @@ class Log:
             with open(self.path, "a") as file:
                 file.write(json.dumps(values) + "\n")
             for name, value in values.items():
-                if name != "step":
+                if name != "step" and not isinstance(value, list):
                     self.board.add_scalar(name, value, values["step"])
         except OSError as error:
             fail(f"{self.path.parent} cannot be written: {error}. The last checkpoint is kept", alone=True)
+
+
+def leave(log: Log | None = None):
+    """The end of a run, for all processes together."""
+    if log:
+        log.close()
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def alarm(ranks: list[float], score: float, least: float) -> str | None:
@@ -1171,9 +1261,7 @@ class Trainer:
         self.network, self.teacher, self.criterion = network, teacher, build_criterion(recipe)
         self.optimizer = build_optimizer(network, recipe)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        ids = [torch.cuda.current_device()] if device.type == "cuda" else None
-        wrapped = nn.parallel.DistributedDataParallel
-        self.model = wrapped(network, device_ids=ids) if rank_and_world()[1] > 1 else network
+        self.model = distribute(network, device)
 
     def embed(self, views: list[Tensor]) -> list[list[Tensor]]:
         """The criterion's arguments: the views' embeddings (b, out); with a teacher, which embeds view 0 alone, its own last."""
@@ -1301,7 +1389,7 @@ def benchmark(trainer: Trainer, images: Images, workers: int, count: int):
         benchmark_input(images.paths, recipe, device)
 
 
-def benchmark_input(paths: list[Path], recipe: Recipe, device: torch.device):
+def benchmark_input(paths: Packed, recipe: Recipe, device: torch.device):
     """One core's images per second, all views: the published augmentation in PIL, and what a worker does here."""
     from PIL import Image, ImageFilter
     from torchvision import transforms as v1
@@ -1369,8 +1457,8 @@ def main(argv: list[str] | None = None):
     last = min(total, args.max_steps or total)
     config = dataclasses.asdict(recipe) | {"recipe": args.recipe, "seed": args.seed, "images": len(train)}
     root = str(Path(args.data or ""))
-    names = "".join(str(path).removeprefix(root).lstrip("/") for path in train.paths or [])  # relpath: 4 s a million
-    config["data"] = hashlib.blake2b(names.encode(errors="replace"), digest_size=8).hexdigest()
+    names = "".join(path.removeprefix(root).lstrip("/") for path in train.paths or [])  # relpath: 4 s a million
+    config["data"] = digest(names.encode(errors="replace"))
     config = json.loads(json.dumps(config))  # as it will be read again
     keys = {"step", "network", "optimizer", "scaler", "teacher", "history"}
     saved = None if args.benchmark else resume_point(folder, config, fresh, keys)
@@ -1382,7 +1470,7 @@ def main(argv: list[str] | None = None):
     if args.benchmark:
         say(f"{recipe.arch}, {device}, {str(dtype).removeprefix('torch.')}: {reason}")
         benchmark(trainer, train, args.workers, args.benchmark)
-        return dist.destroy_process_group() if world > 1 else None
+        return leave()
     network, backbone, criterion = trainer.network, trainer.network.backbone, trainer.criterion
     step, history = 0, {"random_knn": None, "trained_knn": None, "ranks": []}
     if saved:
@@ -1392,13 +1480,7 @@ def main(argv: list[str] | None = None):
         except (KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
             fail(f"{folder}/checkpoint.pt does not fit this run: {' '.join(str(error).split())[:200]}")
 
-    log = None
-    if rank == 0:
-        try:
-            held = claim(folder, config, fresh)
-            log = Log(folder, step)
-        except OSError as error:
-            fail(f"--output {folder} cannot be written: {error}", alone=True)
+    log = Log.open(folder, config, fresh, step)
     say("configuration: " + ", ".join(f"{name} {value}" for name, value in config.items()))
     parameters = sum(p.numel() for p in network.parameters()) / 1e6
     where = "in memory" if train.pixels is not None else f"read by {args.workers} workers"
@@ -1420,9 +1502,7 @@ def main(argv: list[str] | None = None):
     def evaluate(embedding: Tensor | None) -> float | None:
         started = time.time()
         numbers = {"step": step, "epoch": step / steps}
-        if world > 1:  # without SyncBatchNorm every process has statistics of its own; the first one's are saved
-            for buffer in backbone.buffers():
-                dist.broadcast(buffer, 0)
+        unify_buffers(backbone)
         queries = gather_shares(encode(backbone, probe, recipe.dataset, size, queried, device, dtype, args.workers))
         if not queries.isfinite().all():
             fail(f"the backbone's features are not finite at step {step}. {advice}")
@@ -1436,6 +1516,7 @@ def main(argv: list[str] | None = None):
         if embedding is not None:
             z = gather(embedding.float())  # (batch, out)
             numbers |= {"embedding_rank": effective_rank(z).item(), "embedding_condition": condition_number(z).item()}
+            numbers["embedding_spectrum"] = [float(f"{value:.3g}") for value in spectrum(z).tolist()]
             text += f", embedding {numbers['embedding_rank']:.1f} of {min(z.shape)}"
             text += f"; condition number {numbers['embedding_condition']:.3g}"
             history["ranks"] = [*history["ranks"], numbers["embedding_rank"]][-4:]
@@ -1443,19 +1524,15 @@ def main(argv: list[str] | None = None):
         if log:
             log.write(f"epoch {step / steps:.2f}/{recipe.epochs}  {text}", **numbers)
             if embedding is not None:
-                log.board.add_histogram("log10 of the embedding's eigenvalues", spectrum(z).clamp_min(1e-12).log10(), step)
+                logarithms = torch.tensor(numbers["embedding_spectrum"]).clamp_min(1e-12).log10()
+                log.board.add_histogram("log10 of the embedding's eigenvalues", logarithms, step)
         return numbers.get("knn_top1")
 
     def save():
         if rank == 0:
-            try:
-                state = {"config": config, "step": step, "history": history} | trainer.state_dict()
-                save_atomically(state, folder / "checkpoint.pt")
-                save_atomically({k: v.cpu().contiguous() for k, v in backbone.state_dict().items()}, folder / "backbone.pt")
-            except (OSError, RuntimeError) as error:
-                fail(
-                    f"{folder} cannot be written: {error}. Its checkpoint.pt is complete, if perhaps an older one", alone=True
-                )
+            state = {"config": config, "step": step, "history": history} | trainer.state_dict()
+            plain = {k: v.cpu().contiguous() for k, v in backbone.state_dict().items()}
+            save_all({folder / "checkpoint.pt": state, folder / "backbone.pt": plain})
 
     interrupts = Interrupts()
     compare_steps(step)
@@ -1493,8 +1570,8 @@ def main(argv: list[str] | None = None):
                 log.write(progress_line(numbers, recipe, total, remaining), **numbers)
         if epoch_ends:
             history["trained_knn"] = evaluate(embedding)
-            if train.skipped and train.skipped.value:
-                say(f"unreadable images were met {train.skipped.value} times so far by this process's workers")
+            if train.skipped is not None and train.skipped.any():
+                say(f"unreadable images were met {int(train.skipped.sum())} times so far by this process's workers")
             warning = alarm(history["ranks"], numbers.get("score", 1), numbers.get("least", 0))
             if warning:
                 say(f"ALARM: {warning}")
@@ -1506,12 +1583,7 @@ def main(argv: list[str] | None = None):
             break
     views.close()
     interrupts.restore()
-    if log:
-        log.board.close()
-        held.close()
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+    leave(log)
     if step >= last:
         say(f"saved {folder / 'backbone.pt'}")
         if None not in (history["random_knn"], history["trained_knn"]):
