@@ -54,6 +54,7 @@ from train import (
     UnreadableImage,
     add_fields,
     any_process,
+    at_least,
     build_backbone,
     choose_device,
     choose_precision,
@@ -68,8 +69,10 @@ from train import (
     override,
     rank_and_world,
     read,
+    restoring,
     resume_point,
     rng,
+    run_folder,
     save_all,
     save_atomically,
     say,
@@ -631,9 +634,7 @@ def average_precision(data: CocoImages, results: list[dict], folder: Path) -> di
                 evaluation.evaluate()
                 evaluation.accumulate()
                 evaluation.summarize()
-            ap[kind] = [
-                100 * value if value >= 0 else math.nan for value in evaluation.stats[:6]
-            ]  # -1: no objects of that size
+            ap[kind] = [100 * v if v >= 0 else math.nan for v in evaluation.stats[:6]]  # -1: no objects of that size
     return ap
 
 
@@ -704,22 +705,9 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Recipe]:
 
 def check(recipe: Recipe, args: argparse.Namespace):
     world = rank_and_world()[1]
-    least = {
-        "images": 1,
-        "batch_size": 1,
-        "warmup_images": 0,
-        "base_lr": 0,
-        "weight_decay": 0,
-        "trainable_layers": 0,
-        "rois": 1,
-    }
-    least |= {"detections": 1, "test_short_side": 32, "long_side": 32, "evaluations": 1, "max_steps": 1, "log_every": 1}
-    for name, value in (least | {"save_every": 1, "workers": 0, "seed": 0}).items():
-        given = getattr(recipe, name, getattr(args, name, None))
-        if given is not None and not value <= given < math.inf:
-            fail(f"--{name.replace('_', '-')} must be at least {value}, got {given}")
-    if args.seed >= 2**63:
-        fail("--seed must be below 2^63")
+    least = {"images": 1, "batch_size": 1, "warmup_images": 0, "base_lr": 0, "weight_decay": 0, "trainable_layers": 0}
+    least |= {"rois": 1, "detections": 1, "test_short_side": 32, "long_side": 32, "evaluations": 1, "max_steps": 1}
+    at_least(least | {"log_every": 1, "save_every": 1, "workers": 0, "seed": 0}, recipe, args)
     if recipe.trainable_layers > 5:
         fail(f"--trainable-layers: a ResNet has five stages, got {recipe.trainable_layers}")
     if recipe.batch_size % world:
@@ -739,6 +727,7 @@ def check(recipe: Recipe, args: argparse.Namespace):
 def main(argv: list[str] | None = None):
     args, recipe = parse(argv)
     check(recipe, args)
+    folder, fresh = run_folder(args, f"runs/detect_{args.recipe}{'_random' * args.random}")
     device = choose_device(args.device)
     dtype, reason = choose_precision(args.precision, device)
     rank, world = rank_and_world()
@@ -756,16 +745,12 @@ def main(argv: list[str] | None = None):
     different = [f"{a!r} and {b!r}" for a, b in itertools.zip_longest(train.names, val.names) if a != b]
     if different:
         fail(f"{train.annotations} and {val.annotations} have different categories by order of their ids: {different[0]}")
-    folder = Path(args.output or f"runs/detect_{args.recipe}{'_random' * args.random}")
     steps = max(1, recipe.images // recipe.batch_size)
     last = min(steps, args.max_steps or steps)
     config = dataclasses.asdict(recipe) | {"recipe": args.recipe, "seed": args.seed, "train_images": len(train)}
     weights = digest(b"".join(v.float().numpy().tobytes() for v in checkpoint.state.values()))
     config |= {"data": str(train.annotations), "weights": "random" if args.random else f"{args.checkpoint} ({weights})"}
     config = json.loads(json.dumps(config | {"arch": checkpoint.arch, "stem": checkpoint.stem}))
-    fresh = args.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-    if fresh:
-        folder = Path(os.path.abspath(folder))  # the working directory may be renamed with it
     saved = resume_point(folder, config, fresh, {"step", "model", "optimizer", "scaler"})
 
     torch.manual_seed(args.seed)
@@ -781,15 +766,13 @@ def main(argv: list[str] | None = None):
     step = 0
     if saved:
         step = saved["step"]
-        try:
+        with restoring(folder / "checkpoint.pt"):
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
             scaler.load_state_dict(saved["scaler"]) if saved["scaler"] else None
-        except (KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
-            fail(f"{folder}/checkpoint.pt does not fit this run: {' '.join(str(error).split())[:200]}")
     wrapped = distribute(model, device)
 
-    log = Log.open(folder, config, fresh, step)
+    log = Log.start(folder, config, fresh, step)
     trained, frozen = (sum(p.numel() for p in model.parameters() if p.requires_grad == b) / 1e6 for b in (True, False))
     say("configuration: " + ", ".join(f"{name} {value}" for name, value in config.items()))
     say(f"{checkpoint.arch} {recipe.model} with {'RANDOM weights' if args.random else args.checkpoint}; "

@@ -212,7 +212,8 @@ def iter_norm(z: Tensor, *, iterations: int = 4, axis: str = "channel") -> Tenso
 
 
 def trace_loss(z_hat: Tensor, *, axis: str = "channel") -> Tensor:
-    """sum_j (1 - var_j)^2 over the samples (axis "channel") or channels ("batch"): (m, d) -> (), (V, m, d) -> (V,)."""
+    """sum_j (1 - var_j)^2 over the samples (axis "channel") or channels ("batch"): (m, d) -> (), (V, m, d) -> (V,).
+    ValueError: wrong shape or axis."""
     return (1 - _checked(z_hat, axis).var(-1 if axis == "channel" else -2)).square().sum(-1)
 
 
@@ -410,7 +411,8 @@ def orthogonality_penalty(module: nn.Module, kind: str = "so", power_iterations:
     return torch.stack(penalties).sum()
 
 
-# --- 8. Diagnostics: collapse shows in the spectrum before it shows in accuracy (not differentiable) ----------------
+# --- 8. Diagnostics: collapse shows in the spectrum before it shows in accuracy -------------------------------------
+# Not differentiable; ValueError for what is no (m, d) or (V, m, d).
 
 
 @torch.no_grad()
@@ -429,7 +431,8 @@ def effective_rank(z: Tensor) -> Tensor:
 
 
 def condition_number(z: Tensor) -> Tensor:
-    """Largest over smallest eigenvalue of cov(z) that is not zero up to rounding; 1 for a constant batch."""
+    """Largest over smallest eigenvalue of cov(z) that is not zero up to rounding; 1 for a constant batch.
+    (m, d) -> (), (V, m, d) -> (V,)."""
     l = spectrum(z)
     noise = (max(z.shape[-2:]) * torch.finfo(l.dtype).eps) ** 2 * l[..., :1]  # that of singular values, squared
     least = torch.where(l > noise, l, l[..., :1]).amin(-1)
@@ -471,15 +474,28 @@ def demonstrate(steps: int = 400, plot: str | None = None) -> dict[str, tuple[fl
         print(f"{name:24}{rank:22.1f}{condition:18.3g}  {verdict}", flush=True)
         spectra[name], results[name] = spectrum(z), (rank, condition)
     if plot:
-        import matplotlib.pyplot as plt
-
-        _, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-        for name, l in spectra.items():
-            axes.semilogy(range(1, len(l) + 1), l / l[0], label=name)
-        axes.set(xlabel="eigenvalue", ylabel="relative to the largest", title="Spectrum of the trained embedding")
-        axes.legend()
-        plt.savefig(plot, dpi=120)
+        draw_spectra(spectra, plot)
     return results
+
+
+def undrawable(file: str) -> str | None:
+    """Why draw_spectra cannot write this file, as is better known before the work."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return "--plot needs matplotlib: pip install matplotlib"
+    if os.path.splitext(file)[1] not in (".png", ".pdf", ".svg") or not os.path.isdir(os.path.dirname(file) or "."):
+        return f"--plot {file}: a name that ends in .png, .pdf or .svg, in a folder that exists"
+    return None
+
+
+def draw_spectra(spectra: dict[str, Tensor], file: str) -> None:
+    import matplotlib.pyplot as plt
+
+    _, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for name, l in spectra.items():  # (n,)
+        axes.semilogy(range(1, len(l) + 1), l / l[0], label=name)
+    axes.set(xlabel="eigenvalue of the embedding's covariance", ylabel="relative to the largest", ylim=(1e-8, 2))
+    axes.legend()
+    plt.savefig(file, dpi=120)
 
 
 def _barlow_twins(views: list[Tensor]) -> Tensor:
@@ -546,6 +562,6 @@ if __name__ == "__main__":
     parser.add_argument("--plot", metavar="FILE", help="draw the spectra of the demonstration (needs matplotlib)")
     parser.add_argument("--benchmark", action="store_true", help="time the losses instead")
     arguments = parser.parse_args()
-    if arguments.plot and importlib.util.find_spec("matplotlib") is None:
-        parser.error("--plot needs matplotlib: pip install matplotlib")
+    if arguments.plot and (trouble := undrawable(arguments.plot)):
+        parser.error(trouble)
     benchmark() if arguments.benchmark else demonstrate(plot=arguments.plot)

@@ -18,7 +18,6 @@ Results are appended to results.jsonl beside the checkpoint. `linear` and `finet
 """
 
 import argparse
-import importlib.util
 import json
 import math
 import os
@@ -33,6 +32,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
+from intl import draw_spectra, undrawable
 from train import (
     MEAN_STD,
     Images,
@@ -40,6 +40,7 @@ from train import (
     Packed,
     Recipe,
     any_process,
+    at_least,
     build_backbone,
     choose_device,
     choose_precision,
@@ -57,6 +58,7 @@ from train import (
     load_data,
     nearest,
     rank_and_world,
+    restoring,
     rng,
     save_all,
     say,
@@ -325,10 +327,11 @@ def labelled_rows(images: Images, percent: int, labels_file: str | None, seed: i
 
 
 def subset(images: Images, rows: Tensor) -> Images:
-    pixels = images.pixels
+    if len(rows) == len(images):
+        return images
+    pixels, paths = images.pixels, list(images.paths or [])
     pixels = pixels[rows.to(pixels.device)] if isinstance(pixels, Tensor) else pixels and [pixels[i] for i in rows.tolist()]
-    paths = images.paths and Packed(images.paths[i] for i in rows.tolist())
-    return Images(pixels, paths, images.labels[rows], images.classes)
+    return Images(pixels, paths and Packed(paths[i] for i in rows.tolist()), images.labels[rows], images.classes)
 
 
 def rate_factor(protocol: str, step: int, steps: int, epochs: int) -> float:
@@ -375,13 +378,11 @@ def train_classifier(
 
     step, top = 0, None
     if saved:
-        try:
-            step = saved["step"]
+        step = saved["step"]
+        with restoring(path):
             model.load_state_dict(saved["model"], strict=not frozen)
             optimizer.load_state_dict(saved["optimizer"])
             scaler.load_state_dict(saved["scaler"]) if saved["scaler"] else None
-        except (KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
-            fail(f"{path} does not fit: {' '.join(str(error).split())[:200]}. Give --fresh to start over")
         say(f"{protocol}: resuming at step {step} of {steps * epochs}")
     compare_steps(step)
     wrapped = distribute(model, device)
@@ -414,20 +415,21 @@ def train_classifier(
         step += 1
         ends = step % steps == 0
         stop = (world == 1 or ends or step % 10 == 0) and any_process(interrupts.received, device)
-        if ends or time.time() - shown > 30:
+        if ends or stop or time.time() - shown > 30:
             if not frozen and not losses.isfinite().all():
                 fail(f"{protocol}: the loss is not finite at step {step}; a lower --encoder-lr may help", alone=True)
             shown, eta = time.time(), (steps * epochs - step) * (time.time() - began) / (step - first)
             values = losses.detach().tolist()
             say(f"{protocol}: epoch {step / steps:.2f}/{epochs}  loss {values[0]:.3f} at rate {rates[0]:g}, least "
                 f"{min(values):.3f} at {rates[values.index(min(values))]:g}  ETA {eta / 60:.1f} min")  # fmt: skip
-        if ends and (step // steps % every == 0 or step == steps * epochs):
+        if ends and not (stop and step < steps * epochs) and (step // steps % every == 0 or step == steps * epochs):
             top = validate(model, val, dataset, size, device, args.workers)
             say(f"{protocol}: epoch {step // steps}/{epochs}  top-1 {top[0][0]:.2f} %, best {max(t for t, _ in top):.2f} %")
         if ends or stop:
             save()
         if stop and step < steps * epochs:
             say(f"told to stop: saved at step {step} of {steps * epochs}; the same command goes on from there")
+            leave()
             raise SystemExit(0)
     views.close()
     interrupts.restore()
@@ -436,6 +438,10 @@ def train_classifier(
 
 # ------------------------------------------------------------------------------------------------------------------
 # Runs side by side
+
+
+def digest_of(state: dict[str, Tensor]) -> str:
+    return digest(b"".join(value.cpu().contiguous().numpy().tobytes() for value in state.values()))
 
 
 def compare(folders: list[str], plot: str | None = None):
@@ -447,18 +453,27 @@ def compare(folders: list[str], plot: str | None = None):
         try:
             config = json.loads((folder / "config.json").read_text())
             log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-            results = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
-            top1 = {r["protocol"]: r["top1"] for r in results if r["weights"] == "pretrained"}
+            lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+            mine = digest_of(load_checkpoint(folder / "backbone.pt"))
+            results = {r["protocol"]: r for r in lines if r["digest"] == mine}
+            numbers = {"linear top-1": results["features"]["top1"], "5-NN top-1": results["knn"]["top1"]}
             last = next(line for line in reversed(log) if "embedding_spectrum" in line)
             speed = next(line["images_per_second"] for line in reversed(log) if "images_per_second" in line)
-            numbers = {"linear top-1": top1["features"], "5-NN top-1": top1["knn"]}
-        except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
-            fail(f"{folder} is no finished run of train.py, evaluated by --protocol features knn: {error!r}")
+            if last["epoch"] < config["epochs"]:
+                raise ValueError(f"epoch {last['epoch']:g} of {config['epochs']}")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
+            fail(
+                f"{folder} is no finished run of train.py whose backbone.pt `--protocol features knn` has measured: {error!r}"
+            )
         numbers |= {"effective rank of features": last["feature_rank"], "of embedding": last["embedding_rank"]}
         numbers |= {"condition number": last["embedding_condition"], "seconds an epoch": config["images"] / speed}
-        identity = {name: value for name, value in config.items() if name not in ("seed", "data")}
+        identity = {name: value for name, value in config.items() if name != "seed"}
+        for protocol in ("features", "knn"):
+            settings = ("epochs", "rates", "size", "dataset", "precision")
+            identity |= {f"{protocol} {name}": results[protocol].get(name) for name in settings}
         runs.append((identity, numbers, last["embedding_spectrum"]))
-    differing = [name for name in runs[0][0] if any(run[0].get(name) != runs[0][0][name] for run in runs)]
+    names = dict.fromkeys(name for identity, _, _ in runs for name in identity)
+    differing = [name for name in names if any(run[0].get(name) != runs[0][0].get(name) for run in runs)]
     rows = {}
     for identity, numbers, eigenvalues in runs:
         label = ", ".join(f"{name} {identity.get(name)}" for name in differing) or "all"
@@ -471,15 +486,7 @@ def compare(folders: list[str], plot: str | None = None):
         cells = [f"{m:.3g}" + ("" if s is None else f" ± {s:.2g}") for m, s in zip(values.mean(0).tolist(), spread)]
         print(f"| {label} | {len(group)} | {' | '.join(cells)} |")
     if plot:
-        import matplotlib.pyplot as plt
-
-        _, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-        for label, group in rows.items():
-            eigenvalues = torch.tensor(group[0][1])
-            axes.semilogy(range(1, len(eigenvalues) + 1), eigenvalues / eigenvalues[0], label=label)
-        axes.set(xlabel="eigenvalue of the embedding's covariance", ylabel="relative to the largest", ylim=(1e-8, 2))
-        axes.legend()
-        plt.savefig(plot, dpi=120)
+        draw_spectra({label: torch.tensor(group[0][1]) for label, group in rows.items()}, plot)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -528,12 +535,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def check(args: argparse.Namespace):
-    for name, least in {"epochs": 1, "batch_size": 2, "workers": 0, "size": 8, "seed": 0, "cache_mb": 0}.items():
-        value = getattr(args, name)
-        if value is not None and value < least:
-            fail(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
-    if args.seed >= 2**63:
-        fail("--seed must be below 2^63")
+    at_least({"epochs": 1, "batch_size": 2, "workers": 0, "size": 8, "seed": 0, "cache_mb": 0}, args)
     for name in ("lr", "encoder_lr", "weight_decay"):
         for value in getattr(args, name) if isinstance(getattr(args, name), list) else [getattr(args, name)]:
             if value is not None and not 0 <= value < float("inf"):
@@ -549,8 +551,8 @@ def check(args: argparse.Namespace):
         fail("--labels-file and --percent both choose the labels: give one of them")
     if args.plot and not args.compare:
         fail("--plot draws what --compare reads")
-    if args.plot and importlib.util.find_spec("matplotlib") is None:
-        fail("--plot needs matplotlib: pip install matplotlib")
+    if args.plot and (trouble := undrawable(args.plot)):
+        fail(trouble)
     if args.random and not (args.checkpoint or args.arch):
         fail("--random needs --arch, or a --checkpoint whose architecture it takes")
 
@@ -613,15 +615,16 @@ def main(argv: list[str] | None = None):
         except OSError as error:
             fail(f"results.jsonl cannot be written in {folder}: {error}. --output names another folder", alone=True)
     frozen = {name: value.clone() for name, value in backbone.state_dict().items()}
-    weights = b"".join(value.cpu().contiguous().numpy().tobytes() for value in frozen.values())
-    identity = {"checkpoint": str(path), "weights": "random" if args.random else "pretrained", "digest": digest(weights)}
+    identity = {"checkpoint": str(path), "weights": "random" if args.random else "pretrained", "digest": digest_of(frozen)}
     identity |= {"arch": checkpoint.arch, "stem": checkpoint.stem, "size": size, "dataset": dataset, "data": args.data}
     identity |= {"seed": args.seed, "shapes_seed": shapes_seed, "precision": args.precision}
-    jobs = []  # settings, labelled images, file to resume from and its content: all is checked before any work is done
+    # All is checked before any work is done.
+    jobs = []  # settings, labelled images, file to resume from and its content, the published row
     for protocol in (name for name in PROTOCOLS if name in args.protocol):  # finetune, which changes the backbone, is last
-        rates, epochs = args.lr or PROTOCOLS[protocol]["rates"], args.epochs or PROTOCOLS[protocol]["epochs"]
-        if protocol == "linear" and config.get("ema") is not None and len(config["view_sizes"]) > 2 and not args.lr:
+        rates, epochs = PROTOCOLS[protocol]["rates"], args.epochs or PROTOCOLS[protocol]["epochs"]
+        if protocol == "linear" and config.get("ema") is not None and len(config["view_sizes"]) > 2:
             rates = [0.4, *(r for r in rates if r != 0.4)]
+        own, rates = f"learning rate {rates[0]:g}" if rates else "5 nearest, Euclidean", args.lr or rates
         settings, labelled, file, saved = {"protocol": protocol} | identity, train, None, None
         if protocol != "knn":
             settings |= {"epochs": epochs, "rates": rates}
@@ -637,7 +640,7 @@ def main(argv: list[str] | None = None):
             settings |= {"batch_size": args.batch_size, "weight_decay": args.weight_decay}
             file = folder / f"{name}.pt"
             saved = None if args.fresh else unfinished(file, settings)
-        jobs.append((settings, labelled, file, saved))
+        jobs.append((settings, labelled, file, saved, own))
 
     began = time.time()
     if {"features", "knn"} & set(args.protocol):
@@ -652,7 +655,7 @@ def main(argv: list[str] | None = None):
             f"features of {len(train)} training and {len(val)} validation images, {width} wide, in {time.time() - began:.0f} s"
         )
     table = []  # protocol, classifier, top-1, top-5, whether the rate is the protocol's own
-    for settings, labelled, file, saved in jobs:
+    for settings, labelled, file, saved, own in jobs:
         began, protocol, rates = time.time(), settings["protocol"], settings.get("rates", [])
         if protocol == "knn":
             rows = [(name, top1, None) for name, top1 in knn(x, x_val, train.labels, val.labels, device)]
@@ -666,8 +669,9 @@ def main(argv: list[str] | None = None):
         if protocol != "finetune":
             now = backbone.state_dict()
             assert all(torch.equal(value, now[name]) for name, value in frozen.items()), "the frozen backbone changed"
-        published = protocol == "knn" or not (args.lr or args.epochs or args.weight_decay) and args.batch_size == 256
-        table += [(protocol, *row, i == 0 and published) for i, row in enumerate(rows)]
+        usual = {"epochs": PROTOCOLS[protocol]["epochs"], "batch_size": 256, "weight_decay": 0.0, "encoder_lr": 0.004}
+        published = protocol == "knn" or all(settings.get(name, value) == value for name, value in usual.items())
+        table += [(protocol, *row, published and row[0] == own) for row in rows]
         if rank == 0:
             result = settings | {"results": [dict(zip(("classifier", "top1", "top5"), row)) for row in rows]}
             result |= {"top1": rows[0][1], "training_images": len(labelled), "validation_images": len(val)}

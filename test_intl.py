@@ -1272,6 +1272,37 @@ def test_unreadable_images_can_be_skipped(photos, tmp_path, capsys):
     assert "unreadable images were met" in capsys.readouterr().out
 
 
+def test_what_stands_in_for_an_unreadable_image_has_its_label(photos, tmp_path):
+    shutil.copytree(photos / "mixed", tmp_path / "some")
+    last = sorted((tmp_path / "some" / "train" / "class 0").iterdir())[-1]
+    last.write_bytes(b"no picture")
+    images = train.load_folder(tmp_path / "some" / "train", torch.device("cpu"), 0, skip=True)
+    index = list(images.paths).index(str(last))
+    assert images.labels[index] == 0 and images.labels[index + 1] == 1
+    first = train.decode(images.paths[0])
+    assert torch.equal(train.Decoded(images, lambda image, key: image)[index], first) and images.skipped.sum() == 1
+
+
+def test_a_signal_at_the_end_of_an_epoch_saves_at_once_and_measures_later(finished, photos, tmp_path, monkeypatch, capsys):
+    arguments = [*TINY, "--data", str(photos / "same"), "--output", str(tmp_path / "run")]
+    steps, any_process = [], train.any_process
+
+    def stop_at_step_6(flag, device):
+        steps.append(1)
+        return len(steps) == 6
+
+    monkeypatch.setattr(train, "any_process", stop_at_step_6)
+    train.main(arguments)
+    printed = capsys.readouterr().out
+    assert "saved at step 6 of 12" in printed and "epoch 2.00/4  5-NN" not in printed
+    monkeypatch.setattr(train, "any_process", any_process)
+    train.main(arguments)
+    printed = capsys.readouterr().out
+    assert printed.index("resuming at step 6") < printed.index("epoch 2.00/4  5-NN") < printed.index("step 7/12")
+    expected = backbone_of(finished[0])
+    assert all(torch.equal(value, expected[name]) for name, value in backbone_of(tmp_path / "run").items())
+
+
 def test_a_network_without_a_label_trains(photos, tmp_path, capsys):
     flat = tmp_path / "flat"
     flat.mkdir()
@@ -1331,7 +1362,7 @@ def test_bad_commands_fail_with_one_clear_line(photos, finished, tmp_path, capsy
         ([*TINY, "--data", str(odd)], "different classes, 'cat' among them"),
         (
             [*TINY, "--data", str(broken), "--batch-size", "20", "--output", "o1"],
-            "3.png is no image that can be read: repair or delete it (train.py --skip-unreadable goes on without it)",
+            "3.png is no image that can be read: repair or delete it; of training images, train.py",
         ),
         ([*good, "--batch-size", "64"], "48 training images are fewer than one batch of 64"),
         ([*good, "--batch-size", "1"], "--batch-size must be at least 2"),
@@ -1340,7 +1371,11 @@ def test_bad_commands_fail_with_one_clear_line(photos, finished, tmp_path, capsy
         ([*good, "--epochs", "0"], "--epochs must be at least 1"),
         *[([*good, "--loss", name], f"--loss {name}") for name in ("power:x", "power:", "power", "foo", "whiten:3")],
         ([*good, "--loss", "power:nan"], "--loss power:nan"),
-        ([*good, "--base-lr", "nan"], "--base-lr must be finite and not negative, got nan"),
+        ([*good, "--base-lr", "nan"], "--base-lr must be at least 0, got nan"),
+        ([*good, "--loss", "whiten", "--beta", "1"], "--beta means nothing to --loss whiten, but to intl"),
+        ([*good, "--groups", "2"], "--groups means nothing to --loss intl"),
+        ([*good, "--orthogonality-weight", "1"], "--orthogonality-weight needs --orthogonality"),
+        ([*good, "--data", "nowhere", "--arch", "vit_tiny", "--view-sizes", "18", "18"], "a multiple of 4 pixels, got 18"),
         ([*good, "--weight-decay", "-1"], "--weight-decay must be finite and not negative, got -1.0"),
         ([*good, "--gray", "7"], "--gray is a probability"),
         ([*good, "--view-sizes", "0", "0"], "--view-sizes must be at least 8"),

@@ -11,6 +11,7 @@ Every field of a recipe is a flag. A second run of the same command resumes. Out
 
 import argparse
 import atexit
+import contextlib
 import copy
 import dataclasses
 import fcntl
@@ -31,6 +32,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -140,7 +142,7 @@ def rank_and_world() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def fail(message: str, alone: bool = False):
+def fail(message: str, alone: bool = False) -> NoReturn:
     """Leave with status 2 and one line on stderr: from each node's first process, since all come here, or from one that
     fails alone."""
     if alone or int(os.environ.get("LOCAL_RANK", rank_and_world()[0])) == 0:
@@ -296,7 +298,8 @@ def decode(path: str | Path, upright: bool = False) -> Tensor:
         return TF.to_dtype(image if image.dim() == 3 else image[0], torch.uint8, scale=True)
     except RuntimeError:
         raise UnreadableImage(
-            f"{path} is no image that can be read: repair or delete it (train.py --skip-unreadable goes on without it)"
+            f"{path} is no image that can be read: repair or delete it; of training images, train.py --skip-unreadable goes on "
+            "without it"
         ) from None
 
 
@@ -389,7 +392,9 @@ def load_folder(folder: Path, device: torch.device, cache_mb: int, skip: bool = 
         try:
             pixels.append(decode(path))
         except UnreadableImage as error:
-            return images if skip else fail(str(error))
+            if skip:
+                return images
+            fail(str(error))
         size += pixels[-1].numel()
         if size * len(paths) > cache_mb * 2**20 * max(len(pixels), min(16, len(paths))):  # judged by 16 images or more
             return images
@@ -436,14 +441,18 @@ def load_data(
 def load_cifar(dataset: str, root: Path, device: torch.device) -> tuple[Images, Images]:
     """torchvision's own format, downloaded to `root` where it is not there."""
     kind = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[dataset]
-    try:
-        if rank_and_world()[0] == 0:
+    missing = f"--data {root} has neither train/ nor {dataset} in torchvision's format"
+    if rank_and_world()[0] == 0:
+        try:
             kind(root, download=True)
-        if dist.is_initialized():
-            dist.barrier()
+        except (OSError, RuntimeError) as error:
+            fail(f"{missing}, and its download failed: {error}", alone=True)
+    if dist.is_initialized():
+        dist.barrier()
+    try:
         splits = [kind(root, train=train) for train in (True, False)]
     except (OSError, RuntimeError) as error:
-        fail(f"--data {root} has neither train/ nor {dataset} in torchvision's format, and its download failed: {error}")
+        fail(f"{missing}: {error}", alone=True)
     return tuple(
         Images(torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous().to(device), None, torch.tensor(s.targets), s.classes)
         for s in splits
@@ -494,9 +503,8 @@ def resized_crops(images: Tensor, boxes: Tensor, size: int, interpolation: str =
     top, left, height, width = boxes.to(images.device).unbind(1)
     rows = resize_matrix(top, height, images.shape[2], size, interpolation)[:, None]  # (n, 1, size, h)
     columns = resize_matrix(left, width, images.shape[3], size, interpolation)[:, None]
-    return (rows @ (images.float() / 255 @ columns.mT).clamp(0, 1)).clamp(
-        0, 1
-    )  # overshoot is cut after each pass, as for uint8
+    # Overshoot is cut after each pass, as for uint8.
+    return (rows @ (images.float() / 255 @ columns.mT).clamp(0, 1)).clamp(0, 1)
 
 
 def gray(x: Tensor) -> Tensor:
@@ -578,19 +586,22 @@ class Decoded(torch.utils.data.Dataset):
         self.images, self.views = images, views
 
     def __getitem__(self, key):  # key: an index, or (epoch, index)
-        paths, skipped = self.images.paths, self.images.skipped
+        paths, labels, skipped = self.images.paths, self.images.labels, self.images.skipped
         index = key if isinstance(key, int) else key[1]
         if self.images.pixels is not None:
             return self.views(self.images.pixels[index], key)
-        for offset in range(1 if skipped is None else len(paths)):  # the next readable image stands in
+        for other in range(index, index + (1 if skipped is None else len(paths))):  # the next of its class stands in
+            other %= len(paths)
+            if labels is not None and labels[other] != labels[index]:
+                continue
             try:
-                return self.views(decode(paths[(index + offset) % len(paths)]), key)
+                return self.views(decode(paths[other]), key)
             except UnreadableImage:
                 if skipped is None:
                     raise
                 worker = torch.utils.data.get_worker_info()
                 skipped[worker.id if worker else 0] += 1
-        raise UnreadableImage("none of the images can be read")
+        raise UnreadableImage(f"{paths[index]} cannot be read, nor any other image of its class")
 
 
 @dataclass
@@ -675,11 +686,13 @@ def start_server():
     Python or the allocator, would now and then leave the worker waiting for ever for a lock that the thread held.
     torchrun and Slurm send SIGTERM to them too, but the run needs them until it has saved: the server is born with
     these signals blocked, and so are its children."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
-    resource_tracker.ensure_running()  # unblocks some of them
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
-    forkserver.ensure_running()
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        resource_tracker.ensure_running()  # unblocks some of them
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def leave_with_parent(worker: int):
@@ -699,7 +712,8 @@ def end_workers():  # before multiprocessing asks them by SIGTERM, and waits
 
 
 def read(dataset: torch.utils.data.Dataset, workers: int, **sampling):
-    """Batches that workers make, or none: this process. An unreadable image ends the run with its name."""
+    """Batches made by `workers` processes, or by this one if 0. Workers import the main script, which therefore keeps its
+    work under `if __name__ == "__main__":`. An unreadable image ends the run with its name."""
     options = {"num_workers": workers, "pin_memory": torch.cuda.is_available() and workers > 0}
     if workers:
         start_server()
@@ -965,6 +979,15 @@ def save_all(contents: dict[Path, object]):
             fail(f"{path} cannot be written: {error}. What was saved before is complete", alone=True)
 
 
+@contextlib.contextmanager
+def restoring(path: Path):
+    """The state in a file that does not fit what it is loaded into."""
+    try:
+        yield
+    except (KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+        fail(f"{path} does not fit this run: {' '.join(str(error).split())[:200]}. --fresh starts over")
+
+
 def load_checkpoint(path: Path) -> dict:
     """A file of tensors and primitives; anything else is refused, and nothing in it is executed."""
     try:
@@ -992,7 +1015,7 @@ class Log:
         self.board = SummaryWriter(folder, purge_step=step + 1 if step else 0)
 
     @classmethod
-    def open(cls, folder: Path, config: dict, fresh: bool, step: int):
+    def start(cls, folder: Path, config: dict, fresh: bool, step: int):
         """Claims the folder for this run. None in all processes but the first."""
         try:
             return cls(folder, config, fresh, step) if rank_and_world()[0] == 0 else None
@@ -1000,7 +1023,10 @@ class Log:
             fail(f"--output {folder} cannot be written: {error}", alone=True)
 
     def close(self):
-        self.board.close()
+        try:
+            self.board.close()
+        except OSError as error:
+            fail(f"{self.path.parent} cannot be written: {error}. The checkpoint is complete", alone=True)
         self.lock.close()
 
     @staticmethod
@@ -1016,7 +1042,9 @@ class Log:
             with open(self.path, "a") as file:
                 file.write(json.dumps(values) + "\n")
             for name, value in values.items():
-                if name != "step" and not isinstance(value, list):
+                if isinstance(value, list):
+                    self.board.add_histogram(f"log10 {name}", torch.tensor(value).clamp_min(1e-12).log10(), values["step"])
+                elif name != "step":
                     self.board.add_scalar(name, value, values["step"])
         except OSError as error:
             fail(f"{self.path.parent} cannot be written: {error}. The last checkpoint is kept", alone=True)
@@ -1104,20 +1132,35 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Recipe]:
     add("--compile", action="store_true", help="torch.compile the backbone")
     add_fields(parser, Recipe)
     args = parser.parse_args(argv)
-    recipe, given = override(RECIPES[args.recipe], args)
-    if args.recipe == "imagenet-multicrop" and "base_lr" not in given:
+    recipe, args.given = override(RECIPES[args.recipe], args)
+    if args.recipe == "imagenet-multicrop" and "base_lr" not in args.given:
         recipe = replace(recipe, base_lr=MULTICROP_LR.get(recipe.epochs, recipe.base_lr))
     return args, recipe
+
+
+def at_least(least: dict[str, int], *given):
+    """The limits of flags, whose values are in the recipe or the other arguments. Seeds have one above, too."""
+    for name, value in least.items():
+        for number in (getattr(holder, name, None) for holder in given):
+            if number is not None and not value <= number < (2**63 if name == "seed" else math.inf):
+                above = " and below 2^63" * (name == "seed")
+                fail(f"--{name.replace('_', '-')} must be at least {value}{above}, got {number}")
+
+
+USED_BY = {  # the flags that only some losses use
+    "iterations": ["intl", "iternorm"],
+    "beta": ["intl"],
+    "axis": ["intl", "iternorm", "whiten", "power"],
+    "groups": ["cwrgp"],
+    "sub_batch": ["cwrgp"],
+}
 
 
 def check(recipe: Recipe, args: argparse.Namespace):
     """Whatever can be known to be wrong before any work is done."""
     world, views = rank_and_world()[1], len(recipe.view_sizes)
-    least = {"epochs": 1, "hidden": 1, "out": 2, "batch_size": 2, "warmup_epochs": 0, "base_lr": 0, "log_every": 1}
-    for name, value in (least | {"save_every": 1, "knn_images": 0, "workers": 0, "max_steps": 1, "benchmark": 1}).items():
-        given = getattr(recipe, name, getattr(args, name, None))
-        if given is not None and given < value:
-            fail(f"--{name.replace('_', '-')} must be at least {value}, got {given}")
+    least = {"epochs": 1, "hidden": 1, "out": 2, "batch_size": 2, "warmup_epochs": 0, "base_lr": 0, "log_every": 1, "seed": 0}
+    at_least(least | {"save_every": 1, "knn_images": 0, "workers": 0, "max_steps": 1, "benchmark": 1}, recipe, args)
 
     def numbers(*names: str):
         for name in names:
@@ -1130,8 +1173,6 @@ def check(recipe: Recipe, args: argparse.Namespace):
     for name, value in numbers("jitter_prob", "gray", "blur", "solarize"):
         if not 0 <= value <= 1:
             fail(f"--{name.replace('_', '-')} is a probability, between 0 and 1, got {value}")
-    if not 0 <= args.seed < 2**63:
-        fail(f"--seed must be between 0 and 2^63 - 1, got {args.seed}")
     if args.output == "":
         fail("--output is empty")
     if min(recipe.view_sizes) < 8:
@@ -1155,8 +1196,10 @@ def check(recipe: Recipe, args: argparse.Namespace):
         fail("--jitter takes four numbers: brightness, contrast, saturation, and hue of at most 0.5")
     if not 1 <= recipe.iterations <= 40:
         fail(f"--iterations must be between 1 and 40, got {recipe.iterations}")
-    if recipe.ema is not None and (recipe.loss == "cwrgp" or not 0 <= recipe.ema <= 1):
-        fail("--ema is a momentum between 0 and 1, and --loss cwrgp, which compares all pairs of views, has no teacher")
+    if recipe.ema is not None and not 0 <= recipe.ema <= 1:
+        fail(f"--ema is a momentum between 0 and 1, got {recipe.ema}")
+    if recipe.ema is not None and recipe.loss == "cwrgp":
+        fail("--loss cwrgp compares all pairs of views and has no teacher: --ema none")
     together = recipe.batch_size if recipe.sub_batch is None else recipe.sub_batch
     if recipe.loss == "cwrgp" and (
         recipe.groups < 1
@@ -1177,17 +1220,28 @@ def check(recipe: Recipe, args: argparse.Namespace):
             f"--beta: the weight 0.01 (log2 n - 3) of the trace loss is not positive for n = {n}; a larger batch, or give one"
         )
     build_criterion(recipe)
+    for name, losses in USED_BY.items():
+        if name in args.given and recipe.loss.split(":")[0] not in losses:
+            fail(f"--{name.replace('_', '-')} means nothing to --loss {recipe.loss}, but to {', '.join(losses)}")
+    if "orthogonality_weight" in args.given and recipe.orthogonality is None:
+        fail("--orthogonality-weight needs --orthogonality so or srip")
+    with torch.device("meta"):
+        build_backbone(recipe.arch, recipe.stem, recipe.view_sizes[0])
+
+
+def run_folder(args: argparse.Namespace, default: str) -> tuple[Path, bool]:
+    """--output, if a run may lie there, and whether to start over: torchrun's own restarts resume."""
+    folder, fresh = Path(args.output or default), args.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
+        fail(f"--output {folder} is no folder")
+    if folder.exists() and set(os.listdir(folder)) - {".lock"} and not (folder / "config.json").is_file():
+        fail(f"{folder} is not empty and holds no run of this script: choose another --output")
+    return Path(os.path.abspath(folder)) if fresh else folder, fresh  # the working directory may be renamed with it
 
 
 def resume_point(folder: Path, config: dict, fresh: bool, keys: set[str]) -> dict | None:
     """The checkpoint to go on from, with these keys, or None for a new run. A folder with something else in it is left alone."""
-    if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
-        fail(f"--output {folder} is no folder")
-    if not folder.exists() or not any(name for name in os.listdir(folder) if name != ".lock"):
-        return None
-    if not (folder / "config.json").is_file():
-        fail(f"{folder} is not empty and holds no run of this script: choose another --output")
-    if fresh:
+    if fresh or not (folder / "config.json").is_file():
         return None
     try:
         there = json.loads((folder / "config.json").read_text())
@@ -1215,6 +1269,8 @@ def lock(folder: Path):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         fail(f"another process is writing to {folder}: choose another --output", alone=True)
+    except OSError as error:  # some shared file systems
+        say(f"{folder} cannot be locked ({error.strerror}): let no two runs write to it")
     return file
 
 
@@ -1222,9 +1278,10 @@ def claim(folder: Path, config: dict, fresh: bool):
     """First process: set an earlier run aside if told to, make the folder, and lock it."""
     if fresh and folder.exists():
         folder = Path(os.path.realpath(folder))
-        lock(folder)  # it may still be running
+        earlier = lock(folder)  # it may still be running
         aside = next(p for p in (folder.with_name(f"{folder.name}.{i}") for i in itertools.count(1)) if not p.exists())
         folder.rename(aside)
+        earlier.close()
         say(f"--fresh: the earlier run is kept as {aside}")
     folder.mkdir(parents=True, exist_ok=True)
     mine = lock(folder)
@@ -1443,10 +1500,7 @@ def main(argv: list[str] | None = None):
     args, recipe = parse(argv)
     rank, world = rank_and_world()
     check(recipe, args)
-    folder = Path(args.output or f"runs/{args.recipe}")
-    fresh = args.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"  # torchrun's own restarts resume
-    if fresh:
-        folder = Path(os.path.abspath(folder))  # the working directory may be renamed with it
+    folder, fresh = run_folder(args, f"runs/{args.recipe}")
     device = choose_device(args.device)
     dtype, reason = choose_precision(args.precision, device)
     train, val = load_data(recipe.dataset, args.data, args.seed, device, args.cache_mb, args.skip_unreadable)
@@ -1472,15 +1526,13 @@ def main(argv: list[str] | None = None):
         benchmark(trainer, train, args.workers, args.benchmark)
         return leave()
     network, backbone, criterion = trainer.network, trainer.network.backbone, trainer.criterion
-    step, history = 0, {"random_knn": None, "trained_knn": None, "ranks": []}
+    step, history = 0, {"random_knn": None, "trained_knn": None, "measured": 0, "ranks": []}
     if saved:
         step, history = saved["step"], saved["history"]
-        try:
+        with restoring(folder / "checkpoint.pt"):
             trainer.load_state_dict(saved)
-        except (KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
-            fail(f"{folder}/checkpoint.pt does not fit this run: {' '.join(str(error).split())[:200]}")
 
-    log = Log.open(folder, config, fresh, step)
+    log = Log.start(folder, config, fresh, step)
     say("configuration: " + ", ".join(f"{name} {value}" for name, value in config.items()))
     parameters = sum(p.numel() for p in network.parameters()) / 1e6
     where = "in memory" if train.pixels is not None else f"read by {args.workers} workers"
@@ -1521,11 +1573,9 @@ def main(argv: list[str] | None = None):
             text += f"; condition number {numbers['embedding_condition']:.3g}"
             history["ranks"] = [*history["ranks"], numbers["embedding_rank"]][-4:]
         numbers["evaluation_seconds"] = time.time() - started
+        history["measured"] = step
         if log:
             log.write(f"epoch {step / steps:.2f}/{recipe.epochs}  {text}", **numbers)
-            if embedding is not None:
-                logarithms = torch.tensor(numbers["embedding_spectrum"]).clamp_min(1e-12).log10()
-                log.board.add_histogram("log10 of the embedding's eigenvalues", logarithms, step)
         return numbers.get("knn_top1")
 
     def save():
@@ -1538,6 +1588,9 @@ def main(argv: list[str] | None = None):
     compare_steps(step)
     if saved:
         say(f"resuming at step {step} of {total}")
+        if step in range(steps, last + 1, steps) and history["measured"] != step:  # a signal came before it could be measured
+            history["trained_knn"] = evaluate(None)
+            save()
     else:
         history["random_knn"] = history["trained_knn"] = evaluate(None)
     views = training_views(train, recipe, args.seed, step, args.workers, device)
@@ -1568,7 +1621,7 @@ def main(argv: list[str] | None = None):
             if log:
                 remaining = (last - step) * (time.time() - started) / (step - first)
                 log.write(progress_line(numbers, recipe, total, remaining), **numbers)
-        if epoch_ends:
+        if epoch_ends and not stop:  # who was told to stop has seconds left
             history["trained_knn"] = evaluate(embedding)
             if train.skipped is not None and train.skipped.any():
                 say(f"unreadable images were met {int(train.skipped.sum())} times so far by this process's workers")
