@@ -1522,6 +1522,52 @@ def test_documented_commands_parse():
     assert seen == {"intl.py", *scripts_of}
 
 
+def test_documented_python_runs(tmp_path, monkeypatch):
+    """The README's three pieces, with small things in the place of the reader's own."""
+    monkeypatch.chdir(tmp_path)
+    loop, load, make = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+    names = {"backbone": nn.Sequential(nn.Flatten(), nn.Linear(12, 512)), "loader": [torch.randn(2, 16, 3, 2, 2)]}
+    exec(loop, names)
+    assert {"alignment", "trace", "floor", "score", "least"} == set(names["criterion"].parts)
+    Path("runs/imagenet").mkdir(parents=True)
+    torch.save(train.build_backbone("resnet50", "imagenet", 32)[0].state_dict(), "runs/imagenet/backbone.pt")
+    names = {"torch": torch, "torchvision": torchvision}
+    exec("found = " + load, names)
+    assert names["found"].missing_keys == ["fc.weight", "fc.bias"] and not names["found"].unexpected_keys
+
+    class Pictures(list):
+        classes, targets = ["a", "b"], [0, 1, 0]
+
+    pictures = Pictures((PIL.Image.new("RGB", (4, 4)), target) for target in Pictures.targets)
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", lambda root, train, download: pictures)
+    exec(make, {})
+    images, val = train.load_data("folder", "cifar10_small", 0, torch.device("cpu"))
+    assert images.labels.tolist() == val.labels.tolist() == [0, 0, 1]
+
+
+def test_documented_names_exist():
+    """Every flag, and every function or class, that the README's text names in backticks."""
+    text = re.sub(r"```.*?```", "", (HERE / "README.md").read_text(), flags=re.S)
+    quoted = re.findall(r"`([^`]+)`", text)
+    scripts = [sys.executable, "-c", "import sys, %s as s; s.parse(['--help'])"]
+    helps = (
+        "".join(
+            subprocess.run([*scripts[:2], scripts[2] % name], capture_output=True, text=True, env=ENVIRONMENT).stdout
+            for name in ("train", "linear_eval", "detect_transfer")
+        )
+        + (HERE / "intl.py").read_text()
+    )
+    flags = {flag for words in quoted if "torchrun" not in words for flag in re.findall(r"(?<!\S)--[a-z-]+", words)}
+    assert len(flags) > 20 and not {f for f in flags if not re.search(rf"{f}\b", helps)} - {"--ipc"}
+    names = {
+        match[1]
+        for words in quoted
+        if (match := re.match(r"(\w*[a-z]\w*)\(", words) or re.fullmatch(r"([A-Z]\w*Loss)", words))
+    }
+    modules = (intl, train, linear_eval, detect_transfer)
+    assert len(names) > 3 and not {n for n in names if not any(hasattr(m, n) for m in modules)} - {"criterion"}
+
+
 def test_documented_comparison_starts_every_method(tmp_path):
     """The README's loop, by bash itself, with functions in the place of the programs."""
     (loop,) = re.findall(r"```bash\n(for .*?)```", (HERE / "README.md").read_text(), re.S)
