@@ -16,6 +16,7 @@ the images in images/train), or give --train-images, --train-annotations, --val-
 import argparse
 import contextlib
 import dataclasses
+import importlib
 import itertools
 import json
 import math
@@ -864,4 +865,4 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    main()
+    importlib.import_module(Path(__file__).stem).main()  # workers know its classes by this name

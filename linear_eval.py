@@ -56,6 +56,7 @@ from train import (
     leave_together,
     load_checkpoint,
     load_data,
+    lock,
     nearest,
     rank_and_world,
     restoring,
@@ -134,11 +135,23 @@ def read_checkpoint(path: Path, arch: str | None = None, stem: str | None = None
             f"{path} has no backbone with torchvision's names (conv1.weight or conv_proj.weight, after a prefix), but {keys}"
         )
     entry, prefix = known[0] if known else found[0]
-    weights = {k.removeprefix(prefix): v for k, v in entries[entry].items() if k.startswith(prefix) and isinstance(v, Tensor)}
+    tensors = {
+        str(k): v for k, v in entries[entry].items() if isinstance(v, Tensor) and v.layout == torch.strided and not v.is_meta
+    }
+    weights = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    if weights.get("conv1.weight", weights.get("conv_proj.weight", torch.zeros(0))).ndim != 4:
+        fail(f"{path}: {prefix}conv1.weight is no convolution's weight")
     config = saved.get({"network": "config", "model": "settings"}.get(entry, ""))
     if path.name == "backbone.pt" and path.with_name("config.json").is_file():
         config = read_json(path.with_name("config.json"))
     config = config if isinstance(config, dict) else {}
+    for name, choices in (("stem", ("imagenet", "cifar", "small")), ("dataset", MEAN_STD)):
+        if name in config and config[name] not in choices:
+            fail(f"{path} has {name} {config[name]!r} in its configuration, which is none of {', '.join(choices)}")
+    for name, value in (("arch", arch), ("stem", stem), ("size", size)):
+        there = config.get(name, (config.get("view_sizes") or [None])[0] if name == "size" else None)
+        if None not in (value, there) and value != there:
+            say(f"--{name} {value} is taken in the place of {there}, of which {path} was trained")
     arch = arch or config.get("arch") or recognise(path, weights)
     seen_stem, seen_size = measure(weights)
     stem = stem or config.get("stem") or seen_stem
@@ -297,7 +310,7 @@ def labelled_rows(images: Images, percent: int, labels_file: str | None, seed: i
     """Of the images that a file names, a line each, or of `percent` of every class, at least one."""
     if labels_file:
         try:
-            lines = Path(labels_file).read_text().split("\n")
+            lines = Path(labels_file).read_text(encoding="utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             fail(f"--labels-file {labels_file} cannot be read: {error}")
         if not images.paths:
@@ -309,7 +322,8 @@ def labelled_rows(images: Images, percent: int, labels_file: str | None, seed: i
         wanted = [line.strip() for line in lines if line.strip()]
         unknown = [name for name in wanted if name not in by_name]
         if unknown:
-            fail(f"--labels-file {labels_file}: {unknown[0]!r}, one of {len(unknown)} such names, is no training image")
+            count = f"{len(unknown)} of {len(wanted)} names are unknown"
+            fail(f"--labels-file {labels_file}: {unknown[0]!r} is no training image; {count}")
         double = [name for name in wanted if len(by_name[name]) > 1]
         if double:
             fail(f"--labels-file {labels_file}: {len(by_name[double[0]])} images are called {double[0]!r}; write class/name")
@@ -449,29 +463,35 @@ def compare(folders: list[str], plot: str | None = None):
     nothing but their seed, named by the fields in which the rows differ, with mean and standard deviation; and the spectra
     of the first runs' embeddings as a picture."""
     runs = []  # configuration without the seed, numbers, spectrum
-    for folder in map(Path, folders):
+    for folder in dict.fromkeys(Path(folder).resolve() for folder in folders):
         try:
             config = json.loads((folder / "config.json").read_text())
             log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
             lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
             mine = digest_of(load_checkpoint(folder / "backbone.pt"))
             results = {r["protocol"]: r for r in lines if r["digest"] == mine}
+            for protocol in ("features", "knn"):
+                if protocol not in results:
+                    fail(f"{folder}/results.jsonl lacks {protocol} of its backbone.pt: let linear_eval.py measure it first")
+            epochs = [line for line in log if "embedding_spectrum" in line]
+            if not epochs or epochs[-1]["epoch"] < config["epochs"]:
+                fail(
+                    f"{folder} has reached epoch {epochs[-1]['epoch'] if epochs else 0:g} of {config['epochs']}: let it end first"
+                )
+            speed = [line["images_per_second"] for line in log if "images_per_second" in line][-1]
             numbers = {"linear top-1": results["features"]["top1"], "5-NN top-1": results["knn"]["top1"]}
-            last = next(line for line in reversed(log) if "embedding_spectrum" in line)
-            speed = next(line["images_per_second"] for line in reversed(log) if "images_per_second" in line)
-            if last["epoch"] < config["epochs"]:
-                raise ValueError(f"epoch {last['epoch']:g} of {config['epochs']}")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
-            fail(
-                f"{folder} is no finished run of train.py whose backbone.pt `--protocol features knn` has measured: {error!r}"
-            )
-        numbers |= {"effective rank of features": last["feature_rank"], "of embedding": last["embedding_rank"]}
-        numbers |= {"condition number": last["embedding_condition"], "seconds an epoch": config["images"] / speed}
-        identity = {name: value for name, value in config.items() if name != "seed"}
-        for protocol in ("features", "knn"):
-            settings = ("epochs", "rates", "size", "dataset", "precision")
-            identity |= {f"{protocol} {name}": results[protocol].get(name) for name in settings}
-        runs.append((identity, numbers, last["embedding_spectrum"]))
+            numbers |= {
+                "effective rank of features": epochs[-1]["feature_rank"],
+                "of embedding": epochs[-1]["embedding_rank"],
+            }
+            numbers |= {"condition number": epochs[-1]["embedding_condition"], "seconds an epoch": config["images"] / speed}
+            identity = {name: value for name, value in config.items() if name != "seed"}
+            for protocol in ("features", "knn"):
+                settings = ("epochs", "rates", "size", "dataset", "precision")
+                identity |= {f"{protocol} {name}": results[protocol].get(name) for name in settings}
+            runs.append((identity, {k: float(v) for k, v in numbers.items()}, torch.tensor(epochs[-1]["embedding_spectrum"])))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+            fail(f"{folder} is no run of train.py that can be read: {type(error).__name__} {error}")
     names = dict.fromkeys(name for identity, _, _ in runs for name in identity)
     differing = [name for name in names if any(run[0].get(name) != runs[0][0].get(name) for run in runs)]
     rows = {}
@@ -486,7 +506,7 @@ def compare(folders: list[str], plot: str | None = None):
         cells = [f"{m:.3g}" + ("" if s is None else f" ± {s:.2g}") for m, s in zip(values.mean(0).tolist(), spread)]
         print(f"| {label} | {len(group)} | {' | '.join(cells)} |")
     if plot:
-        draw_spectra({label: torch.tensor(group[0][1]) for label, group in rows.items()}, plot)
+        draw_spectra({label: group[0][1] for label, group in rows.items()}, plot)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -618,6 +638,7 @@ def main(argv: list[str] | None = None):
     identity = {"checkpoint": str(path), "weights": "random" if args.random else "pretrained", "digest": digest_of(frozen)}
     identity |= {"arch": checkpoint.arch, "stem": checkpoint.stem, "size": size, "dataset": dataset, "data": args.data}
     identity |= {"seed": args.seed, "shapes_seed": shapes_seed, "precision": args.precision}
+    locks = []  # held until the end
     # All is checked before any work is done.
     jobs = []  # settings, labelled images, file to resume from and its content, the published row
     for protocol in (name for name in PROTOCOLS if name in args.protocol):  # finetune, which changes the backbone, is last
@@ -640,6 +661,7 @@ def main(argv: list[str] | None = None):
             settings |= {"batch_size": args.batch_size, "weight_decay": args.weight_decay}
             file = folder / f"{name}.pt"
             saved = None if args.fresh else unfinished(file, settings)
+            locks += [lock(folder, f".{file.name}.lock")] if rank == 0 else []
         jobs.append((settings, labelled, file, saved, own))
 
     began = time.time()

@@ -1211,16 +1211,21 @@ def test_sigterm_to_torchrun_saves_before_the_processes_leave(photos, tmp_path):
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] >= 5
 
 
-READER = """
-import os, sys, time, train
+PIDS = """
+import os, time
 class Pids:
     def __len__(self): return 10_000
     def __getitem__(self, i):
         time.sleep(0.05)
         return [os.getpid(), os.getppid()]
-if __name__ == "__main__":
-    for pids in train.read(Pids(), 2, batch_size=None):
-        print(*pids, flush=True)
+"""
+READER = """
+import itertools, pathlib, pids, train
+for found in itertools.islice(train.read(pids.Pids(), 2, batch_size=None), 20):
+    print(*found, flush=True)
+pathlib.Path(pids.__file__).write_text("not Python")
+for found in train.read(pids.Pids(), 2, batch_size=None):
+    print(*found, flush=True)
 """
 
 
@@ -1233,24 +1238,55 @@ def alive(pid):
 
 
 def test_workers_hear_no_signals_and_leave_with_a_killed_run(tmp_path):
-    """The signals that torchrun and Slurm send to all processes, the server that forks the workers among them."""
+    """The signals that torchrun and Slurm send to all processes, the server that forks the workers among them. Workers do
+    not run the script, which has no guard here, and are of the text that the run was started with."""
     (tmp_path / "reader.py").write_text(READER)
+    (tmp_path / "pids.py").write_text(PIDS)
     with subprocess.Popen(
         [sys.executable, tmp_path / "reader.py"], stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
     ) as process:
-        pids = {int(pid) for _ in range(20) for pid in process.stdout.readline().split()}
-        assert len(pids) == 3 and process.pid not in pids  # two workers, and the server
+
+        def next_pids(n):
+            return {int(pid) for _ in range(n) for pid in process.stdout.readline().split()}
+
+        earlier, pids = next_pids(20), next_pids(20)
+        assert len(earlier) == len(pids) == 3 and process.pid not in pids  # two workers, and the server
+        assert len(earlier & pids) == 1
         for pid in pids:
             for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
                 os.kill(pid, name)
-        for _ in range(40):
-            assert {int(pid) for pid in process.stdout.readline().split()} <= pids
+        assert next_pids(40) <= pids
         process.kill()
         process.wait(timeout=20)
     deadline = time.time() + 20
     while any(map(alive, pids)) and time.time() < deadline:
         time.sleep(0.1)
     assert not any(map(alive, pids))
+
+
+def test_a_killed_worker_ends_the_run_with_one_line(tmp_path):
+    (tmp_path / "reader.py").write_text(READER)
+    (tmp_path / "pids.py").write_text(PIDS)
+    command = [sys.executable, tmp_path / "reader.py"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) as process:
+        os.kill(int(process.stdout.readline().split()[0]), signal.SIGKILL)
+        errors = process.communicate(timeout=60)[1].strip().splitlines()
+    assert process.returncode == 2 and len(errors) == 1 and "a data worker has died" in errors[0], errors
+
+
+def test_any_file_name_is_read(photos, tmp_path):
+    """Not UTF-8, with a newline, with a quote."""
+    content = next((photos / "mixed").rglob("*.png")).read_bytes()
+    folder = tmp_path / os.fsdecode(b"caf\xe9") / "train"
+    folder.mkdir(parents=True)
+    for name in (b"\xff.png", b"a\nb.png", "日本 'x'.png".encode()):
+        (folder / os.fsdecode(name)).write_bytes(content)
+    (folder / "empty.png").touch()
+    images = train.load_folder(folder, torch.device("cpu"), 0, skip=True)
+    decoded = [train.decode(path) for path in images.paths if "empty" not in path]
+    assert len(decoded) == 3 and all(torch.equal(x, decoded[0]) for x in decoded)
+    with pytest.raises(train.UnreadableImage, match=r"empty\.png is no image"):
+        train.decode(folder / "empty.png")
 
 
 def test_packed_strings_come_back_and_are_shared():
@@ -1430,7 +1466,10 @@ def test_bad_commands_fail_with_one_clear_line(photos, finished, tmp_path, capsy
         ([*evaluation, "finetune", "--lr", "1", "2"], "give one --lr"),
         ([*evaluation, "linear", "--lr", "nan"], "--lr must be finite"),
         ([*evaluation, "finetune", "--labels-file", "nosuch"], "--labels-file nosuch cannot be read"),
-        ([*evaluation, "finetune", "--labels-file", str(tmp_path / "list")], "'n01.JPEG', one of 1 such names"),
+        (
+            [*evaluation, "finetune", "--labels-file", str(tmp_path / "list")],
+            "'n01.JPEG' is no training image; 1 of 2 names are unknown",
+        ),
         ([*evaluation, "finetune", "--labels-file", str(tmp_path / "list"), "--percent", "1"], "give one of them"),
         ([*evaluation, "finetune", "--labels-file", str(tmp_path / "double")], "3 images are called '3.png'"),
     ]:
@@ -1734,7 +1773,7 @@ def test_runs_are_compared_by_what_differs_among_them(finished, photos, tmp_path
     (tmp_path / "b" / "results.jsonl").unlink()
     with pytest.raises(SystemExit):
         linear_eval.main(["--compare", *map(str, sorted(tmp_path.glob("?")))])
-    assert "b is no finished run of train.py" in capsys.readouterr().err
+    assert "b is no run of train.py that can be read" in capsys.readouterr().err
 
 
 def test_the_backbone_is_frozen_unless_it_is_fine_tuned(finished, photos, tmp_path, monkeypatch, capsys):

@@ -17,6 +17,7 @@ import dataclasses
 import fcntl
 import functools
 import hashlib
+import importlib
 import itertools
 import json
 import math
@@ -24,10 +25,12 @@ import multiprocessing
 import os
 import pickle
 import resource
+import shlex
 import signal
 import sys
 import threading
 import time
+import types
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from multiprocessing import forkserver, resource_tracker
@@ -293,10 +296,11 @@ class UnreadableImage(Exception):
 def decode(path: str | Path, upright: bool = False) -> Tensor:
     """(3, h, w) uint8, of an animation its first picture; upright: turned as its camera says."""
     try:
-        mode = torchvision.io.ImageReadMode.RGB
-        image = torchvision.io.decode_image(str(path), mode=mode, apply_exif_orientation=upright)
+        mode, content = torchvision.io.ImageReadMode.RGB, bytearray(Path(path).read_bytes())  # any name, UTF-8 or not
+        content = torch.frombuffer(content, dtype=torch.uint8)
+        image = torchvision.io.decode_image(content, mode=mode, apply_exif_orientation=upright)
         return TF.to_dtype(image if image.dim() == 3 else image[0], torch.uint8, scale=True)
-    except RuntimeError:
+    except (OSError, RuntimeError, ValueError):
         raise UnreadableImage(
             f"{path} is no image that can be read: repair or delete it; of training images, train.py --skip-unreadable goes on "
             "without it"
@@ -678,21 +682,31 @@ class Interrupts:
 
 
 WORKERS = multiprocessing.get_context("forkserver")
-WORKERS.set_forkserver_preload(["torchvision.transforms.v2", "torch.distributed", "torch.utils.data"])
 
 
-def start_server():
+def start_server(module: str):
     """Workers are forked by a process of its own. A fork of this one, while a thread of gloo or autograd is anywhere in
-    Python or the allocator, would now and then leave the worker waiting for ever for a lock that the thread held.
+    Python or the allocator, would now and then leave the worker waiting for ever for a lock that the thread held. The
+    server imports `module` once, so that workers start fast, and from the text that the run was started with.
     torchrun and Slurm send SIGTERM to them too, but the run needs them until it has saved: the server is born with
     these signals blocked, and so are its children."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    WORKERS.set_forkserver_preload(["torchvision.transforms.v2", module])
+    before, path = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING), os.environ.get("PYTHONPATH")
     try:
         resource_tracker.ensure_running()  # unblocks some of them
         signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+        os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
         forkserver.ensure_running()
     finally:
+        os.environ.pop("PYTHONPATH") if path is None else os.environ.update(PYTHONPATH=path)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    atexit.unregister(end_workers)
+    atexit.register(end_workers)  # before multiprocessing asks them by SIGTERM, and waits
+
+
+def end_workers():
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 def leave_with_parent(worker: int):
@@ -705,24 +719,27 @@ def leave_with_parent(worker: int):
     threading.Thread(target=wait, daemon=True).start()
 
 
-@atexit.register
-def end_workers():  # before multiprocessing asks them by SIGTERM, and waits
-    for process in multiprocessing.active_children():
-        process.kill()
-
-
 def read(dataset: torch.utils.data.Dataset, workers: int, **sampling):
-    """Batches made by `workers` processes, or by this one if 0. Workers import the main script, which therefore keeps its
-    work under `if __name__ == "__main__":`. An unreadable image ends the run with its name."""
+    """Batches made by `workers` processes, or by this one if 0. The data set's class must be importable, not of __main__.
+    An unreadable image, or a worker that is killed, ends the run with one line."""
     options = {"num_workers": workers, "pin_memory": torch.cuda.is_available() and workers > 0}
     if workers:
-        start_server()
+        start_server(type(dataset).__module__)
         options |= {"prefetch_factor": 4, "multiprocessing_context": WORKERS, "worker_init_fn": leave_with_parent}
-    batches = iter(torch.utils.data.DataLoader(dataset, **options, **sampling))
+    script, sys.modules["__main__"] = sys.modules["__main__"], types.ModuleType("__main__")  # workers do not run it again
+    try:
+        batches = iter(torch.utils.data.DataLoader(dataset, **options, **sampling))
+    finally:
+        sys.modules["__main__"] = script
     try:
         yield from batches
     except UnreadableImage as error:  # a worker's traceback ends with the message
-        fail(str(error).strip().splitlines()[-1].split("UnreadableImage: ")[-1], alone=True)
+        fail(str(error).strip().split("UnreadableImage: ")[-1], alone=True)
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
+            raise
+        what = (str(error).splitlines() or [type(error).__name__])[0]
+        fail(f"a data worker has died ({what}); if for want of memory, lower --workers. What was saved is kept", alone=True)
 
 
 def memory_crops(pixels: Tensor, rows: Tensor, recipe: Recipe, seed: int, step: int, share: slice) -> list[Tensor]:
@@ -1262,9 +1279,9 @@ def resume_point(folder: Path, config: dict, fresh: bool, keys: set[str]) -> dic
     return saved
 
 
-def lock(folder: Path):
-    """The folder belongs to this process for as long as it keeps the file that is returned."""
-    file = open(folder / ".lock", "w")  # noqa: SIM115
+def lock(folder: Path, name: str = ".lock"):
+    """The folder, or what `name` stands for there, belongs to this process for as long as it keeps the file that is returned."""
+    file = open(folder / name, "w")  # noqa: SIM115
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -1642,9 +1659,9 @@ def main(argv: list[str] | None = None):
         if None not in (history["random_knn"], history["trained_knn"]):
             say(f"5-NN top-1 on {len(queried)} held-out images: random network {history['random_knn']:.1f} %, "
                 f"after {step / steps:g} epochs {history['trained_knn']:.1f} %")  # fmt: skip
-        data = f" --data {args.data}" if args.data else ""
+        words = ["--checkpoint", str(folder / "checkpoint.pt"), *(["--data", args.data] if args.data else [])]
         if train.classes and val:
-            say(f"next: python linear_eval.py --checkpoint {folder / 'checkpoint.pt'}{data}")
+            say(f"next: python linear_eval.py {shlex.join(words)}")
 
 
 def progress_line(numbers: dict, recipe: Recipe, total: int, remaining: float) -> str:
@@ -1661,4 +1678,4 @@ def progress_line(numbers: dict, recipe: Recipe, total: int, remaining: float) -
 
 
 if __name__ == "__main__":
-    main()
+    importlib.import_module(Path(__file__).stem).main()  # workers know its classes by this name
