@@ -35,6 +35,7 @@ from torch.nn.functional import cross_entropy, normalize
 from intl import draw_spectra, undrawable
 from train import (
     MEAN_STD,
+    USED_BY,
     Images,
     Interrupts,
     Packed,
@@ -474,39 +475,37 @@ def compare(folders: list[str], plot: str | None = None):
                 if protocol not in results:
                     fail(f"{folder}/results.jsonl lacks {protocol} of its backbone.pt: let linear_eval.py measure it first")
             epochs = [line for line in log if "embedding_spectrum" in line]
-            if not epochs or epochs[-1]["epoch"] < config["epochs"]:
-                fail(
-                    f"{folder} has reached epoch {epochs[-1]['epoch'] if epochs else 0:g} of {config['epochs']}: let it end first"
-                )
+            last = epochs[-1] if epochs else {"epoch": 0}
+            if last["epoch"] < config["epochs"]:
+                fail(f"{folder} has reached epoch {last['epoch']:g} of {config['epochs']}: let it end first")
             speed = [line["images_per_second"] for line in log if "images_per_second" in line][-1]
             numbers = {"linear top-1": results["features"]["top1"], "5-NN top-1": results["knn"]["top1"]}
-            numbers |= {
-                "effective rank of features": epochs[-1]["feature_rank"],
-                "of embedding": epochs[-1]["embedding_rank"],
-            }
-            numbers |= {"condition number": epochs[-1]["embedding_condition"], "seconds an epoch": config["images"] / speed}
+            numbers |= {"effective rank of features": last["feature_rank"], "of embedding": last["embedding_rank"]}
+            numbers |= {"condition number": last["embedding_condition"], "seconds an epoch": config["images"] / speed}
             identity = {name: value for name, value in config.items() if name != "seed"}
             for protocol in ("features", "knn"):
                 settings = ("epochs", "rates", "size", "dataset", "precision")
                 identity |= {f"{protocol} {name}": results[protocol].get(name) for name in settings}
-            runs.append((identity, {k: float(v) for k, v in numbers.items()}, torch.tensor(epochs[-1]["embedding_spectrum"])))
+            runs.append((identity, {k: float(v) for k, v in numbers.items()}, torch.tensor(last["embedding_spectrum"])))
         except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
             fail(f"{folder} is no run of train.py that can be read: {type(error).__name__} {error}")
     names = dict.fromkeys(name for identity, _, _ in runs for name in identity)
     differing = [name for name in names if any(run[0].get(name) != runs[0][0].get(name) for run in runs)]
     rows = {}
     for identity, numbers, eigenvalues in runs:
-        label = ", ".join(f"{name} {identity.get(name)}" for name in differing) or "all"
-        rows.setdefault(label, []).append((numbers, eigenvalues))
+        values = {name: identity.get(name) for name in differing}
+        loss = str(identity.get("loss")).split(":")[0]
+        telling = [f"{k} {v}" for k, v in values.items() if v is not None and loss in USED_BY.get(k, [loss])]
+        rows.setdefault(str(values), (", ".join(telling) or "all", []))[1].append((numbers, eigenvalues))
     columns = list(runs[0][1])
     print(f"| | seeds | {' | '.join(columns)} |\n|---|---|{'---|' * len(columns)}")
-    for label, group in rows.items():
+    for label, group in rows.values():
         values = torch.tensor([list(numbers.values()) for numbers, _ in group], dtype=torch.float64)  # (runs, columns)
         spread = values.std(0).tolist() if len(group) > 1 else [None] * len(columns)
         cells = [f"{m:.3g}" + ("" if s is None else f" ± {s:.2g}") for m, s in zip(values.mean(0).tolist(), spread)]
         print(f"| {label} | {len(group)} | {' | '.join(cells)} |")
     if plot:
-        draw_spectra({label: group[0][1] for label, group in rows.items()}, plot)
+        draw_spectra({label: group[0][1] for label, group in rows.values()}, plot)
 
 
 # ------------------------------------------------------------------------------------------------------------------

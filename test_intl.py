@@ -1755,6 +1755,7 @@ def test_runs_are_compared_by_what_differs_among_them(finished, photos, tmp_path
     for name, seed, loss, gain in (("a", 0, "intl", 0), ("b", 1, "intl", 2), ("c", 0, "none", 5)):
         shutil.copytree(finished[0], tmp_path / name)
         config = json.loads((tmp_path / name / "config.json").read_text()) | {"seed": seed, "loss": loss}
+        config |= {"groups": 4 + gain, "orthogonality": "so" if loss == "none" else None} if seed == 0 else {}
         (tmp_path / name / "config.json").write_text(json.dumps(config))
         results = [json.loads(line) for line in (tmp_path / name / "results.jsonl").read_text().splitlines()]
         rows = [json.dumps(r | {"top1": r["top1"] + gain}) + "\n" for r in results]
@@ -1766,7 +1767,7 @@ def test_runs_are_compared_by_what_differs_among_them(finished, photos, tmp_path
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
     assert table[0][2:4] == ["linear top-1", "5-NN top-1"] and [row[:2] for row in table[2:]] == [
         ["loss intl", "2"],
-        ["loss none", "1"],
+        ["loss none, orthogonality so", "1"],
     ]
     assert table[2][2:6:3] == [f"{top1 + 1:.3g} ± 1.4", f"{rank:.3g} ± 0"] and table[3][3] == f"{knn + 5:.3g}"
     assert picture.exists() == bool(has_matplotlib)
