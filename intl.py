@@ -493,7 +493,7 @@ def draw_spectra(spectra: dict[str, Tensor], file: str) -> None:
     _, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for name, l in spectra.items():  # (n,)
         axes.semilogy(range(1, len(l) + 1), l / l[0], label=name)
-    axes.set(xlabel="eigenvalue of the embedding's covariance", ylabel="relative to the largest", ylim=(1e-8, 2))
+    axes.set(xlabel="eigenvalues of the embedding's covariance, in order", ylabel="relative to the largest", ylim=(1e-8, 2))
     axes.legend()
     plt.savefig(file, dpi=120)
 
