@@ -253,7 +253,8 @@ class CocoImages(torch.utils.data.Dataset):
         self.names = [str(self.coco.cats[c]["name"]) for c in self.category_ids]
         self.ids = sorted(self.coco.imgs)
         self.rows = {image_id: row for row, image_id in enumerate(self.ids)}
-        self.records = Packed(json.dumps([self.coco.imgs[i], self.coco.imgToAnns[i]]) for i in self.ids)
+        self.entries = Packed(json.dumps(self.coco.imgs[i]) for i in self.ids)
+        self.outlines = Packed(json.dumps(self.coco.imgToAnns[i]) for i in self.ids)  # apart: long to parse
         missing = [name for name in (self.coco.imgs[i]["file_name"] for i in self.ids) if not (folder / name).is_file()]
         if missing:
             fail(
@@ -279,22 +280,22 @@ class CocoImages(torch.utils.data.Dataset):
     def __getstate__(self) -> dict:  # what each worker gets a copy of
         return self.__dict__ | {"coco": None}
 
-    def record(self, image_id: int) -> tuple[dict, list[dict]]:
-        """Of the file: the image's entry, and its annotations."""
-        return json.loads(self.records[self.rows[image_id]])
+    def entry(self, image_id: int) -> dict:
+        """The file's record of the image, without its annotations."""
+        return json.loads(self.entries[self.rows[image_id]])
 
     def path(self, image_id: int) -> Path:
-        return self.folder / self.record(image_id)[0]["file_name"]
+        return self.folder / self.entry(image_id)["file_name"]
 
     def check_size(self, image_id: int, height: int, width: int):
-        entry, _ = self.record(image_id)
+        entry = self.entry(image_id)
         if (height, width) != (entry["height"], entry["width"]):
             fail(f"{self.path(image_id)} has {width} x {height} pixels, but {self.annotations} says "
                  f"{entry['width']} x {entry['height']}", alone=True)  # fmt: skip
 
     def objects(self, image_id: int) -> list[dict]:
         """Its annotations that train: no crowds, and a pixel at least in each direction inside the image."""
-        entry, annotations = self.record(image_id)
+        entry, annotations = self.entry(image_id), json.loads(self.outlines[self.rows[image_id]])
 
         def trains(annotation: dict) -> bool:
             x, y, w, h = annotation["bbox"]
@@ -304,7 +305,7 @@ class CocoImages(torch.utils.data.Dataset):
         return [a for a in annotations if trains(a)]
 
     def target(self, image_id: int) -> dict[str, Tensor]:
-        entry, objects = self.record(image_id)[0], self.objects(image_id)
+        entry, objects = self.entry(image_id), self.objects(image_id)
         height, width = entry["height"], entry["width"]
         boxes = torch.tensor([a["bbox"] for a in objects], dtype=torch.float32).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
@@ -321,7 +322,7 @@ class CocoImages(torch.utils.data.Dataset):
         image = decode(self.path(image_id), upright=True)
         if not self.training:
             return image, image_id
-        entry, _ = self.record(image_id)
+        entry = self.entry(image_id)
         if image.shape[1:] != (entry["height"], entry["width"]):
             raise UnreadableImage(f"{self.path(image_id)} has {image.shape[2]} x {image.shape[1]} pixels, but {self.annotations} "
                                   "says otherwise")  # fmt: skip
