@@ -45,7 +45,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 from torchvision.ops import FrozenBatchNorm2d, roi_align
 
-from linear_eval import Checkpoint, read_checkpoint, untrained
+from linear_eval import Checkpoint, digest_of, read_checkpoint, untrained
 from train import (
     MEAN_STD,
     SHAPES,
@@ -61,7 +61,6 @@ from train import (
     choose_precision,
     compare_steps,
     decode,
-    digest,
     distribute,
     fail,
     flag,
@@ -116,7 +115,10 @@ RECIPES = {
         anchors=(16, 32, 64), train_proposals=(200, 50), test_proposals=(200, 30), rois=16, detections=10,
     ),
 }  # fmt: skip
-FPN_PROPOSALS = {"train_proposals": (2000, 1000), "test_proposals": (1000, 1000)}  # of each level, as published for FPN
+FPN_PROPOSALS = {
+    "train_proposals": (2000, 1000),
+    "test_proposals": (1000, 1000),
+}  # as published: before NMS of each level, after it of all
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -424,7 +426,9 @@ class Trunk(nn.Module):
             setattr(self, name, getattr(resnet, name))
         self.out_channels = resnet.layer4[0].conv1.in_channels
 
-    def forward(self, x: Tensor) -> dict[str, Tensor]:  # (b, 3, h, w) -> {"0": (b, out_channels, h / 16, w / 16)}
+    def forward(
+        self, x: Tensor
+    ) -> dict[str, Tensor]:  # (b, 3, h, w) -> {"0": (b, out_channels, h / 16, w / 16)}, cifar stem: h / 4
         for part in self.children():
             x = part(x)
         return OrderedDict([("0", x)])
@@ -750,8 +754,10 @@ def main(argv: list[str] | None = None):
     steps = max(1, recipe.images // recipe.batch_size)
     last = min(steps, args.max_steps or steps)
     config = dataclasses.asdict(recipe) | {"recipe": args.recipe, "seed": args.seed, "train_images": len(train)}
-    weights = digest(b"".join(v.float().numpy().tobytes() for v in checkpoint.state.values()))
-    config |= {"data": str(train.annotations), "weights": "random" if args.random else f"{args.checkpoint} ({weights})"}
+    config |= {
+        "data": str(train.annotations),
+        "weights": "random" if args.random else f"{args.checkpoint} ({digest_of(checkpoint.state)})",
+    }
     config = json.loads(json.dumps(config | {"arch": checkpoint.arch, "stem": checkpoint.stem}))
     saved = resume_point(folder, config, fresh, {"step", "model", "optimizer", "scaler"})
 

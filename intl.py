@@ -12,7 +12,7 @@ INTL: Weng et al., "Modulate Your Spectrum in Self-Supervised Learning", ICLR 20
 Where the official code and the paper differ, and what this file does:
 - The paper writes an embedding as d x m, the code and this file as m x d: samples in rows.
 - The paper describes batch whitening; all official scripts run channel whitening (there `axis=0`). Here both, by name.
-- The code iterates P <- 1.5 P - 0.5 P^3 N, which explodes in float32 from T = 12 on. Here the coupled form (section 3).
+- The code iterates P <- 1.5 P - 0.5 P^3 N, which explodes in float32 from T = 12 to 15 on. Here the coupled form (section 3).
 - The code whitens under autocast, and a constant batch gives NaN. Here float32 and finite values.
 - The code forms the Gram matrix of the chosen axis. Here the smaller one, or no embedding at all (sections 1 and 6).
 """
@@ -41,7 +41,7 @@ from torch import Tensor, nn
 
 
 def _checked(z: Tensor, axis: str, iterations: int = 1) -> Tensor:
-    """z in float32 or float64 (a covariance in bfloat16 is 0.7 % off), or a ValueError that says what is wrong.
+    """z in float32 or float64 (a covariance in bfloat16 is 0.2 % off or more), or a ValueError that says what is wrong.
 
     A Newton step (section 3) multiplies eigenvalues near zero by 9/4, and so the rounding error of directions without
     variance: 2.25^10 of it fits float32, 2.25^40 needs float64. [test_iter_norm_is_stable]"""
@@ -114,7 +114,7 @@ class _MatrixFunction(torch.autograd.Function):
             J = torch.where(J.isfinite(), J, 0)
             own, li, lj = J.diagonal(dim1=-2, dim2=-1), l.unsqueeze(-1), l.unsqueeze(-2)
             # Below a relative gap of eps^(1/3) the derivative is more accurate than the quotient of rounded numbers.
-            near = (li - lj).abs() <= eps ** (1 / 3) * torch.maximum(li, lj)
+            near = (li - lj).abs() <= eps ** (1 / 3) * torch.maximum(li, lj)  # (..., n, n), as K
             limit = (own.unsqueeze(-1) + own.unsqueeze(-2) - J - J.mT) / 2  # (..., n, n), zero on the diagonal
             K = torch.where(near, limit, (s.unsqueeze(-1) - s.unsqueeze(-2)) / torch.where(near, 1, li - lj))
             ctx.save_for_backward(U, K, J)
@@ -137,7 +137,7 @@ def spectral_transform(z: Tensor, g: Callable[[Tensor], Tensor], *, axis: str = 
     digits; differentiable once. ValueError: wrong shape or axis."""
     z = _checked(z, axis)
     with torch.autocast(z.device.type, enabled=False):
-        zc, divisor = _centre(z.double(), axis)
+        zc, divisor = _centre(z.double(), axis)  # (..., m, d)
         return _apply(_MatrixFunction.apply(_gram(zc) / divisor, g), zc).to(z.dtype)
 
 
@@ -147,7 +147,8 @@ def power(p: float) -> Callable[[Tensor], Tensor]:
 
 
 def whiten(z: Tensor, *, axis: str = "channel") -> Tensor:
-    """ZCA whitening of z, (m, d) or (V, m, d): every eigenvalue of the covariance that is not zero becomes one."""
+    """ZCA whitening of z, (m, d) or (V, m, d): every eigenvalue of the covariance that is not zero becomes one.
+    ValueError: wrong shape or axis."""
     return spectral_transform(z, power(0.5), axis=axis)
 
 
@@ -176,15 +177,15 @@ def newton_map(x, iterations: int):
 def _newton(S: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
     """P_T / sqrt(tr S) and A_T of covariances S, all (V, n, n), by the coupled form: A_k = P_k^2 N has the eigenvalues
     h_k(x), and with B_k = (3I - A_k) / 2, P_{k+1} = P_k B_k and A_{k+1} = A_k B_k^2. (Written with P^3 N, P and N stop
-    commuting and rounding errors explode.) [test_iter_norm_is_stable]"""
+    commuting and rounding errors explode.) [test_iter_norm_is_stable, test_the_uncoupled_form_explodes]"""
     trace = S.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]  # (V, 1, 1)
     trace = trace + (trace == 0)  # a constant batch has nothing to normalise
     A = S / trace  # (V, n, n)
-    I = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
-    P = I
+    I = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)  # (n, n)
+    P = None
     for _ in range(iterations):
-        B = 1.5 * I - 0.5 * A
-        P = P @ B
+        B = 1.5 * I - 0.5 * A  # (V, n, n)
+        P = B if P is None else P @ B  # (V, n, n); P_0 = I
         A = A @ B @ B
     return P * trace.rsqrt(), A
 
@@ -301,6 +302,9 @@ class INTLLoss(nn.Module):
     iterations: Newton steps T. axis: see section 1. beta: weight of the trace loss; None: the rule above, 0: IterNorm
     alone. ValueError: views of different shapes, fewer than 2 rows, a wrong axis or number of iterations.
 
+    The scalar is float32, or float64 for views in float64 or more than 10 iterations. Call backward outside autocast, as
+    torch advises: inside it the backward pass's products are halved again. [test_half_precision_and_autocast_change_nothing]
+
     After a call `parts` holds, detached and still on the device, `alignment` (mean 2 - 2 cos, in [0, 4]), `trace` (mean
     over the views that receive gradient) and `score` (those views' mean variance over its attainable maximum: 1 for an
     equal spectrum of full rank); and as floats `floor`, the least trace loss, and `least`, the score of a collapse."""
@@ -352,7 +356,7 @@ def group_whiten(z: Tensor, groups: int, permutation: Tensor | None = None) -> T
     if not torch.equal(order.sort().values, torch.arange(d, device=z.device)):
         raise ValueError(f"the permutation must hold every number from 0 to {d - 1} once")
     with torch.autocast(z.device.type, enabled=False):
-        zc, _ = _centre(z.double(), "channel")
+        zc, _ = _centre(z.double(), "channel")  # (..., m, d)
         zg = zc[..., order].unflatten(-1, (groups, -1)).transpose(-3, -2)  # (..., groups, m, d / groups)
         zg = _MatrixFunction.apply(_gram(zg) / (d // groups - 1), power(0.5)) @ zg
         return zg.transpose(-3, -2).flatten(-2)[..., order.argsort()].to(z.dtype)
@@ -395,7 +399,8 @@ def orthogonality_penalty(module: nn.Module, kind: str = "so", power_iterations:
     (torch's MultiheadAttention packs q, k and v into no Linear: not counted.) ValueError: no such weights, other kind."""
     if kind not in ("so", "srip"):
         raise ValueError(f'kind must be "so" or "srip", got {kind!r}')
-    weights = [layer.weight.flatten(1) for layer in module.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    layers = [layer for layer in module.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    weights = [layer.weight.flatten(1) for layer in layers]  # (out, in kh kw)
     if not weights:
         raise ValueError(f"{type(module).__name__} has no Conv2d or Linear weight to keep orthogonal")
     penalties = []
@@ -418,22 +423,22 @@ def orthogonality_penalty(module: nn.Module, kind: str = "so", power_iterations:
 @torch.no_grad()
 def spectrum(z: Tensor) -> Tensor:
     """Eigenvalues of cov(z) over the batch, descending: (m, d) -> (min(m, d),), (V, m, d) -> (V, min(m, d))."""
-    zc, divisor = _centre(_checked(z, "batch"), "batch")
+    zc, divisor = _centre(_checked(z, "batch"), "batch")  # (..., m, d)
     return torch.linalg.svdvals(zc).square() / divisor
 
 
 def effective_rank(z: Tensor) -> Tensor:
     """exp(entropy of l / sum l), l = spectrum(z), in [1, min(m, d)]; RankMe takes the singular values of z instead.
     A constant batch has effective rank 1. (m, d) -> (), (V, m, d) -> (V,)."""
-    l = spectrum(z)
-    p = l / l.sum(-1, keepdim=True).clamp_min(torch.finfo(l.dtype).tiny)
+    l = spectrum(z)  # (..., n)
+    p = l / l.sum(-1, keepdim=True).clamp_min(torch.finfo(l.dtype).tiny)  # (..., n)
     return torch.special.entr(p).sum(-1).exp()
 
 
 def condition_number(z: Tensor) -> Tensor:
     """Largest over smallest eigenvalue of cov(z) that is not zero up to rounding; 1 for a constant batch.
     (m, d) -> (), (V, m, d) -> (V,)."""
-    l = spectrum(z)
+    l = spectrum(z)  # (..., n)
     noise = (max(z.shape[-2:]) * torch.finfo(l.dtype).eps) ** 2 * l[..., :1]  # that of singular values, squared
     least = torch.where(l > noise, l, l[..., :1]).amin(-1)
     return torch.where(least > 0, l[..., 0] / torch.where(least > 0, least, 1), 1)
@@ -492,7 +497,8 @@ def draw_spectra(spectra: dict[str, Tensor], file: str) -> None:
 
     _, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for name, l in spectra.items():  # (n,)
-        axes.semilogy(range(1, len(l) + 1), l / l[0], label=name)
+        l = l[l > 1e-8 * l[0]] / l[0]  # the others are rounding, or zero since the batch is centred
+        axes.semilogy(range(1, len(l) + 1), l, label=name)
     axes.set(xlabel="eigenvalues of the embedding's covariance, in order", ylabel="relative to the largest", ylim=(1e-8, 2))
     axes.legend()
     plt.savefig(file, dpi=120)
@@ -500,14 +506,14 @@ def draw_spectra(spectra: dict[str, Tensor], file: str) -> None:
 
 def _barlow_twins(views: list[Tensor]) -> Tensor:
     a, b = ((v - v.mean(0)) / v.std(0) for v in views)
-    C = a.mT @ b / len(a)
+    C = a.mT @ b / len(a)  # (d, d)
     return (1 - C.diagonal()).square().sum() + 0.005 * (C.square().sum() - C.diagonal().square().sum())
 
 
 def _vicreg(views: list[Tensor]) -> Tensor:
     loss = 25 * F.mse_loss(*views)
     for v in views:
-        C = torch.cov(v.mT)
+        C = torch.cov(v.mT)  # (d, d)
         spread = F.relu(1 - (C.diagonal() + 1e-4).sqrt()).mean()
         loss = loss + 12.5 * spread + (C.square().sum() - C.diagonal().square().sum()) / v.shape[1]
     return loss
@@ -562,6 +568,8 @@ if __name__ == "__main__":
     parser.add_argument("--plot", metavar="FILE", help="draw the spectra of the demonstration (needs matplotlib)")
     parser.add_argument("--benchmark", action="store_true", help="time the losses instead")
     arguments = parser.parse_args()
+    if arguments.plot and arguments.benchmark:
+        parser.error("--plot draws the demonstration: leave out --benchmark")
     if arguments.plot and (trouble := undrawable(arguments.plot)):
         parser.error(trouble)
     benchmark() if arguments.benchmark else demonstrate(plot=arguments.plot)

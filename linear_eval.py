@@ -79,6 +79,15 @@ PROTOCOLS = {
     "finetune": {"epochs": 20, "rates": [0.2]},
 }
 
+
+def rates_of(protocol: str, config: dict) -> list[float]:
+    """The learning rates of the protocol's classifiers, its own first, for a backbone with this configuration."""
+    rates = PROTOCOLS[protocol]["rates"]
+    if protocol == "linear" and config.get("ema") is not None and len(config["view_sizes"]) > 2:
+        return [0.4, *(r for r in rates if r != 0.4)]
+    return rates
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # Checkpoints
 
@@ -474,8 +483,9 @@ def compare(folders: list[str], plot: str | None = None):
             for protocol in ("features", "knn"):
                 if protocol not in results:
                     fail(f"{folder}/results.jsonl lacks {protocol} of its backbone.pt: let linear_eval.py measure it first")
-            epochs = [line for line in log if "embedding_spectrum" in line]
-            last = epochs[-1] if epochs else {"epoch": 0}
+            last = ([line for line in log if "feature_rank" in line] or [{"epoch": 0}])[-1]
+            if last["epoch"] == config["epochs"] and "embedding_spectrum" not in last:
+                fail(f"{folder} was stopped at its very last step, before its spectrum was measured: repeat it with --fresh")
             if last["epoch"] < config["epochs"]:
                 fail(f"{folder} has reached epoch {last['epoch']:g} of {config['epochs']}: let it end first")
             speed = [line["images_per_second"] for line in log if "images_per_second" in line][-1]
@@ -641,9 +651,7 @@ def main(argv: list[str] | None = None):
     # All is checked before any work is done.
     jobs = []  # settings, labelled images, file to resume from and its content, the published row
     for protocol in (name for name in PROTOCOLS if name in args.protocol):  # finetune, which changes the backbone, is last
-        rates, epochs = PROTOCOLS[protocol]["rates"], args.epochs or PROTOCOLS[protocol]["epochs"]
-        if protocol == "linear" and config.get("ema") is not None and len(config["view_sizes"]) > 2:
-            rates = [0.4, *(r for r in rates if r != 0.4)]
+        rates, epochs = rates_of(protocol, config), args.epochs or PROTOCOLS[protocol]["epochs"]
         own, rates = f"learning rate {rates[0]:g}" if rates else "5 nearest, Euclidean", args.lr or rates
         settings, labelled, file, saved = {"protocol": protocol} | identity, train, None, None
         if protocol != "knn":
@@ -675,7 +683,7 @@ def main(argv: list[str] | None = None):
         say(
             f"features of {len(train)} training and {len(val)} validation images, {width} wide, in {time.time() - began:.0f} s"
         )
-    table = []  # protocol, classifier, top-1, top-5, whether the rate is the protocol's own
+    table = []  # protocol, classifier, top-1, top-5, whether measured by the published settings
     for settings, labelled, file, saved, own in jobs:
         began, protocol, rates = time.time(), settings["protocol"], settings.get("rates", [])
         if protocol == "knn":
@@ -691,7 +699,8 @@ def main(argv: list[str] | None = None):
             now = backbone.state_dict()
             assert all(torch.equal(value, now[name]) for name, value in frozen.items()), "the frozen backbone changed"
         usual = {"epochs": PROTOCOLS[protocol]["epochs"], "batch_size": 256, "weight_decay": 0.0, "encoder_lr": 0.004}
-        published = protocol == "knn" or all(settings.get(name, value) == value for name, value in usual.items())
+        published = not args.random and (protocol == "knn" or all(settings.get(k, v) == v for k, v in usual.items()))
+        published &= protocol != "finetune" or len(labelled) < len(train)
         table += [(protocol, *row, published and row[0] == own) for row in rows]
         if rank == 0:
             result = settings | {"results": [dict(zip(("classifier", "top1", "top5"), row)) for row in rows]}

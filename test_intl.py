@@ -6,6 +6,7 @@ once with the official release, torchvision's per-image functions, one process i
 
 import argparse
 import colorsys
+import dataclasses
 import importlib.util
 import json
 import math
@@ -53,6 +54,10 @@ pytestmark = [
 ]
 HERE = Path(__file__).parent
 AXES = ("channel", "batch")
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
 
 
 def randn(*shape, seed=0, dtype=torch.float64):
@@ -169,6 +174,9 @@ def test_gradient_at_exactly_equal_eigenvalues(m, d):
     q = torch.linalg.qr(torch.cat([torch.ones(d, 1, dtype=torch.float64), randn(d, m)], 1))[0][:, 1:].T[: min(m, d - 1)]
     for f in (whiten, lambda z: spectral_transform(z, intl.power(0.3)), lambda z: spectral_transform(z, scalar_iter_norm)):
         assert gradcheck(f, q.clone().requires_grad_())
+    S = torch.eye(m, dtype=torch.float64).requires_grad_()
+    l, U = torch.linalg.eigh(S)
+    assert torch.autograd.grad(((U * l.rsqrt()) @ U.T * randn(m, m)).sum(), S)[0].isnan().any()
 
 
 @pytest.mark.parametrize("axis", AXES)
@@ -202,6 +210,17 @@ def test_iter_norm_is_stable(m, d, kind, iterations):
         expected = newton_map(l / l.sum(), iterations).sort().values
         got = torch.linalg.eigvalsh(covariance(iter_norm(z, iterations=iterations, axis=axis).double(), axis))
         assert (got - expected).abs().max() < 1e-3
+
+
+def test_the_uncoupled_form_explodes():
+    z = randn(256, 64, dtype=torch.float32)
+    S = covariance(z, "channel")
+    N, P = S / S.trace(), torch.eye(256)
+    l, U = torch.linalg.eigh(N.double())
+    exact = U @ (scalar_iter_norm(l, 15) * l.sum().sqrt()).diag() @ U.T
+    for _ in range(15):
+        P = 1.5 * P - 0.5 * P @ P @ P @ N
+    assert not (P - exact).norm() < exact.norm()
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -252,103 +271,45 @@ def test_loss_equals_its_definition(views, m, d, axis):
         torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("axis, m, d", [("channel", 6, 9), ("batch", 9, 6)])
+def test_parts_at_an_equal_spectrum_and_at_a_collapse(axis, m, d):
+    q = torch.linalg.qr(torch.cat([torch.ones(9, 1, dtype=torch.float64), randn(9, 6)], 1))[0][:, 1:]  # centred columns
+    equal, line, loss = (q.T if axis == "channel" else q), randn(m, 1) * randn(1, d, seed=1), INTLLoss(axis=axis)
+    for arguments in ([[equal, equal]], [[equal], line]):  # a teacher's view does not count
+        loss(*arguments)
+        assert loss.parts["score"].item() == pytest.approx(1)
+        assert loss.parts["trace"].item() == pytest.approx(loss.parts["floor"])
+        assert loss.parts["floor"] == intl.trace_floor(6, 4)
+    loss([line, line])
+    assert loss.parts["score"].item() == pytest.approx(loss.parts["least"]) and loss.parts["alignment"].item() < 1e-9
+
+
 # Computed once in float64 with the official release (winci-ai/INTL, commit 0aa69af), run in one process on `official_views`:
 # loss, its momentum form, norm of the gradient, one entry of it, trace loss of every view.
+# fmt: off
 OFFICIAL = [  # axis, views, m, d, iterations, values
-    (
-        "channel",
-        2,
-        8,
-        5,
-        4,
-        [
-            2.089111207159423,
-            2.089111207159423,
-            0.685797221896301,
-            -0.03031701953065581,
-            2.341619928879392,
-            2.7860090033599656,
-        ],
-    ),
-    (
-        "batch",
-        2,
-        8,
-        5,
-        4,
-        [
-            2.005871792282227,
-            2.0062706621879896,
-            0.8918259988170488,
-            -0.06378662004124508,
-            0.058824131003669386,
-            0.32264142920848166,
-        ],
-    ),
-    (
-        "channel",
-        2,
-        6,
-        16,
-        4,
-        [
-            2.2470518258330734,
-            2.2471713514484755,
-            0.3858647459630053,
-            -0.002890241786796948,
-            0.02879875086228748,
-            0.1215160913919584,
-        ],
-    ),
-    (
-        "batch",
-        2,
-        6,
-        16,
-        4,
-        [
-            2.0109425113810007,
-            1.9301884322600364,
-            0.43681376935015387,
-            0.0011223117282641946,
-            8.075407912096429,
-            8.007177498311913,
-        ],
-    ),
-    (
-        "channel",
-        2,
-        7,
-        7,
-        1,
-        [
-            2.0779861830249997,
-            2.0852564054428755,
-            0.7450726573376574,
-            -0.029193422079902547,
-            3.7738947164015775,
-            3.9465418979197007,
-        ],
-    ),
-    ("batch", 2, 16, 4, 7, [1.8768154965317667, 1.8768154965317667, 0.5615442368460691, -0.05064526559534356, 0.0, 0.0]),
-    (
-        "channel",
-        4,
-        9,
-        12,
-        4,
-        [
-            2.159325566685036,
-            2.1576662310962926,
-            0.29089840094631825,
-            0.013173071556401803,
-            0.9765105632831865,
-            1.1173281923947391,
-            2.502115239204826,
-            0.7758496671305604,
-        ],
-    ),
+    ("channel", 2, 8, 5, 4,
+        [2.089111207159423, 2.089111207159423, 0.685797221896301, -0.03031701953065581, 2.341619928879392,
+         2.7860090033599656]),
+    ("batch", 2, 8, 5, 4,
+        [2.005871792282227, 2.0062706621879896, 0.8918259988170488, -0.06378662004124508, 0.058824131003669386,
+         0.32264142920848166]),
+    ("channel", 2, 6, 16, 4,
+        [2.2470518258330734, 2.2471713514484755, 0.3858647459630053, -0.002890241786796948, 0.02879875086228748,
+         0.1215160913919584]),
+    ("batch", 2, 6, 16, 4,
+        [2.0109425113810007, 1.9301884322600364, 0.43681376935015387, 0.0011223117282641946, 8.075407912096429,
+         8.007177498311913]),
+    ("channel", 2, 7, 7, 1,
+        [2.0779861830249997, 2.0852564054428755, 0.7450726573376574, -0.029193422079902547, 3.7738947164015775,
+         3.9465418979197007]),
+    ("batch", 2, 16, 4, 7,
+        [1.8768154965317667, 1.8768154965317667, 0.5615442368460691, -0.05064526559534356, 0.0, 0.0]),
+    ("channel", 4, 9, 12, 4,
+        [2.159325566685036, 2.1576662310962926, 0.29089840094631825, 0.013173071556401803, 0.9765105632831865,
+         1.1173281923947391, 2.502115239204826, 0.7758496671305604]),
 ]
+# fmt: on
 
 
 def official_views(views, m, d):
@@ -421,6 +382,9 @@ def test_collapsed_and_scaled_batches_are_finite(m, d, axis):
         assert all(torch.as_tensor(part).isfinite() for part in loss.parts.values())
         assert whiten(bad, axis=axis).isfinite().all() and iter_norm(bad, axis=axis).isfinite().all()
         assert effective_rank(bad).isfinite().all() and condition_number(bad).isfinite().all()
+    for constant in (collapsed[0], collapsed[1], collapsed[3]):
+        torch.testing.assert_close(effective_rank(constant), torch.ones(2))
+        torch.testing.assert_close(condition_number(constant), torch.ones(2))
     for scale in (1e6, 1e-6):  # the loss does not depend on the scale, its gradient is inverse to it
         scaled = value_and_gradient(loss, z * scale)
         torch.testing.assert_close(scaled[0], value, rtol=1e-5, atol=0)
@@ -431,18 +395,24 @@ def test_collapsed_and_scaled_batches_are_finite(m, d, axis):
 def test_half_precision_and_autocast_change_nothing(axis):
     z = randn(2, 16, 48, dtype=torch.float32) * 100
     losses = [INTLLoss(axis=axis), train.SpectralLoss(0.5, axis)] + ([intl.CWRGPLoss(groups=2)] if axis == "channel" else [])
+
+    def results(loss, z, autocast=None):
+        torch.manual_seed(0)
+        z = z.clone().requires_grad_()
+        with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+            value = loss(list(z))
+        return value.detach(), torch.autograd.grad(value, z)[0]  # outside autocast
+
     for loss in losses:
         for dtype in (torch.bfloat16, torch.float16):
-            torch.manual_seed(0)
-            expected = loss(list(z.to(dtype).float()))
-            torch.manual_seed(0)
-            torch.testing.assert_close(loss(list(z.to(dtype))), expected)
-            with torch.autocast("cpu", dtype):
-                torch.manual_seed(0)
-                torch.testing.assert_close(loss(list(z.to(dtype).float())), expected)
+            expected = results(loss, z.to(dtype).float())
+            torch.testing.assert_close(results(loss, z.to(dtype))[0], expected[0])
+            torch.testing.assert_close(results(loss, z.to(dtype).float(), autocast=dtype), expected)
     transposed = z.mT.contiguous().mT  # not contiguous
     torch.testing.assert_close(iter_norm(transposed, axis=axis), iter_norm(z, axis=axis))
     torch.testing.assert_close(INTLLoss(axis=axis)(transposed), INTLLoss(axis=axis)(z))
+    exact, half = covariance(z[0], axis), covariance(z[0].bfloat16(), axis).float()
+    assert 0.002 < (half - exact).norm() / exact.norm() < 0.02  # what this spares
 
 
 @pytest.mark.parametrize("axis", AXES)
@@ -487,7 +457,6 @@ def test_a_lone_copy_trains(tmp_path):
     (tmp_path / "run.py").write_text(
         """
 import sys
-import time
 for name in ("torchvision", "numpy", "train", "matplotlib", "tensorboard", "pycocotools"):
     sys.modules[name] = None  # importing it raises ImportError
 import torch, intl
@@ -615,7 +584,7 @@ def gradients(rank, world, wrap):
             out = {"few rows": 30, "cwrgp": 16}.get(name, 10)
             net = wrap(torch.nn.Linear(8, out).double())
             z_net = net(z[:, share])
-            torch.manual_seed(2)
+            torch.manual_seed(2 + rank)  # CW-RGP's permutations are the first process's
             value = loss(list(z_net[1:]), z_net[0]) if teacher else loss(list(z_net))
             value.backward()
             results[name, teacher] = [value.detach(), *[p.grad for p in net.parameters()]]
@@ -646,7 +615,7 @@ def test_gradient_over_processes_equals_one_process(processes, tmp_path):
     exec(GRADIENTS, namespace)
     expected = namespace["gradients"](0, 1, lambda net: net)
     for rank in range(processes):
-        for case, values in torch.load(tmp_path / f"{rank}.pt", weights_only=True).items():
+        for case, values in load(tmp_path / f"{rank}.pt").items():
             for got, value in zip(values, expected[case]):
                 torch.testing.assert_close(got, value, rtol=1e-9, atol=1e-12, msg=lambda m, case=case: f"{case}: {m}")
 
@@ -912,25 +881,75 @@ def test_weight_decay_spares_one_dimensional_parameters_where_the_recipe_says_so
     assert len(train.build_optimizer(network, train.Recipe()).param_groups) == 1
 
 
+# fmt: off
+PUBLISHED = {  # the fields of every recipe
+    "arch": "resnet18", "stem": "imagenet", "zero_init_residual": False, "batch_size": 256, "base_lr": 0.3, "final_lr": 0.001,
+    "warmup_epochs": 2, "weight_decay": 1e-5, "decay_all": False, "loss": "intl", "iterations": 4, "axis": "channel",
+    "beta": None, "orthogonality": None, "ema": None, "hidden": 8192, "out": 8192, "view_sizes": (224, 224),
+    "min_scale": (0.08,), "max_scale": (1.0,), "interpolation": "bicubic", "jitter": (0.4, 0.4, 0.2, 0.1), "jitter_prob": 0.8,
+    "gray": 0.2, "blur": (1.0, 0.1), "solarize": (0.0, 0.2), "solarize_threshold": 128,
+}
+CIFAR = {"stem": "cifar", "epochs": 1000, "weight_decay": 1e-4, "decay_all": True, "hidden": 2048, "out": 2048,
+         "view_sizes": (32, 32), "blur": (0.0,)}
+OWN = {  # and of each, where they differ
+    "cifar10": CIFAR | {"dataset": "cifar10"},
+    "cifar100": CIFAR | {"dataset": "cifar100"},
+    "imagenet100": {"epochs": 400, "batch_size": 128, "base_lr": 0.5, "weight_decay": 2.5e-5, "hidden": 4096},
+    "imagenet": {"arch": "resnet50", "epochs": 800, "zero_init_residual": True},
+    "imagenet-multicrop": {
+        "arch": "resnet50", "epochs": 100, "zero_init_residual": True, "base_lr": 0.5, "ema": 0.996, "blur": (0.5,),
+        "view_sizes": (224, 224, 192, 160, 128, 96), "min_scale": (0.2, 0.2, 0.171, 0.143, 0.114, 0.086),
+        "max_scale": (1.0, 1.0, 0.857, 0.714, 0.571, 0.429), "solarize": (0.1,),
+    },
+}
+# fmt: on
+
+
 def test_recipes_are_the_published_ones():
-    table = {  # arch, epochs, batch, base lr, weight decay, hidden, out
-        "cifar10": ("resnet18", 1000, 256, 0.3, 1e-4, 2048, 2048),
-        "cifar100": ("resnet18", 1000, 256, 0.3, 1e-4, 2048, 2048),
-        "imagenet100": ("resnet18", 400, 128, 0.5, 2.5e-5, 4096, 8192),
-        "imagenet": ("resnet50", 800, 256, 0.3, 1e-5, 8192, 8192),
-        "imagenet-multicrop": ("resnet50", 100, 256, 0.5, 1e-5, 8192, 8192),
-    }
-    names = ("arch", "epochs", "batch_size", "base_lr", "weight_decay", "hidden", "out")
-    for name, values in table.items():
-        assert tuple(getattr(train.RECIPES[name], n) for n in names) == values
+    for name, own in OWN.items():
+        fields = dataclasses.asdict(train.RECIPES[name])
+        for field, value in (PUBLISHED | own).items():
+            assert fields.pop(field) == value, (name, field)
+        kin = {"groups", "sub_batch", "orthogonality_weight"}  # of other methods
+        assert set(fields) - kin <= {"dataset"}, fields
     for epochs, rate in ((100, 0.5), (200, 0.4), (400, 0.4), (800, 0.3)):
         assert train.parse(["--recipe", "imagenet-multicrop", "--epochs", str(epochs)])[1].base_lr == rate
+
+
+def test_settings_of_the_evaluation_are_the_published_ones():
+    protocols = {name: (p["epochs"], p["rates"][:1]) for name, p in linear_eval.PROTOCOLS.items()}
+    assert protocols == {"features": (500, [0.01]), "knn": (0, []), "linear": (100, [0.2]), "finetune": (20, [0.2])}
+    multicrop = dataclasses.asdict(train.RECIPES["imagenet-multicrop"])
+    assert linear_eval.rates_of("linear", multicrop)[0] == 0.4 and linear_eval.rates_of("finetune", multicrop) == [0.2]
+    assert linear_eval.rates_of("linear", multicrop | {"ema": None})[0] == 0.2 == linear_eval.rates_of("linear", {})[0]
+    args = linear_eval.parse([])
+    assert (args.batch_size, args.weight_decay, args.encoder_lr) == (256, 0, 0.004)
+    image = pictures(70)[0, :, :50]
+    transform = torchvision.transforms.v2
+    expected = transform.Compose([transform.Resize(256, antialias=True), transform.CenterCrop(224)])(image)
+    assert torch.equal(train.CentreCrop(224)(image), expected)
+    weights = {("so", "resnet50"): 1e-6, ("srip", "resnet50"): 1e-3, ("so", "vit_small"): 1e-5}
+    for (kind, arch), weight in weights.items():
+        assert train.orthogonality_weight(train.Recipe(orthogonality=kind, arch=arch)) == weight
+
+
+def test_every_bn_sees_one_view_and_the_teacher_keeps_statistics_of_its_own():
+    recipe = train.Recipe(batch_size=8, epochs=3, stem="cifar", hidden=8, out=8, ema=0.9, view_sizes=(8, 8, 8))
+    network = train.Network(recipe)
+    a, b = randn(2, 8, 3, 8, 8, dtype=torch.float32)
+    torch.testing.assert_close(network([a, b])[1], network([b])[0])
+    trainer = train.Trainer(recipe, network, 1, 0, torch.device("cpu"), torch.float32)
+    trainer.step([a, b, b], 0)
+    assert trainer.teacher.training
+    teacher, student = (net.backbone.bn1.running_mean for net in (trainer.teacher, trainer.network))
+    assert (teacher - student).abs().max() > 1e-4 and teacher.abs().max() > 1e-4
 
 
 def test_alarm_announces_collapse():
     assert "falls steadily" in train.alarm([100, 80, 70, 60], 0.9, 0.04)
     assert train.alarm([100, 80, 85, 60], 0.9, 0.04) is None and train.alarm([60, 50], 1, 0) is None
     assert "least value" in train.alarm([], 0.05, 0.04)
+    assert "rank is 2.3" in train.alarm([2.2, 2.3], 1, 0) and train.alarm([3.1], 1, 0) is None
 
 
 def brute_force(bank, queries, k):
@@ -989,7 +1008,7 @@ def run_script(script, *arguments, processes=0, timeout=300, cwd=HERE):
 
 
 def backbone_of(folder):
-    return torch.load(folder / "backbone.pt", weights_only=True)
+    return load(folder / "backbone.pt")
 
 
 @pytest.fixture(scope="session")
@@ -1067,12 +1086,13 @@ def test_benchmark_of_a_step_writes_nothing(kind, photos, tmp_path, capsys):
     "--loss cwrgp --groups 1 --sub-batch 8", "--loss none --orthogonality srip", "--ema 0.9 --view-sizes 16 16 12 --solarize 0.1",
     "--arch vit_tiny --stem cifar", "--precision float32 --compile"])  # fmt: skip
 def test_every_method_takes_a_step(flags, photos, tmp_path, capsys, monkeypatch):
-    if "--compile" in flags:
-        monkeypatch.setattr(nn.Module, "compile", lambda self: setattr(self, "compiled", True))  # no compiler needed here
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda module: compiled.append(module))  # no compiler needed here
     arguments = [*TINY, "--data", str(photos / "same"), "--output", str(tmp_path / "run"), "--max-steps", "2"]
     train.main([*arguments, *flags.split()])
     printed = capsys.readouterr().out
     assert "step 2/" in printed and "nan" not in printed
+    assert [type(module) for module in compiled] == [torchvision.models.ResNet] * ("--compile" in flags)
 
 
 @pytest.mark.parametrize("recipe", [name for name in train.RECIPES if name != "shapes"])
@@ -1208,7 +1228,7 @@ def test_sigterm_to_torchrun_saves_before_the_processes_leave(photos, tmp_path):
             process.send_signal(signal.SIGTERM)
             break
     assert "told to stop: saved at step" in process.communicate(timeout=60)[0]
-    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] >= 5
+    assert load(tmp_path / "run" / "checkpoint.pt")["step"] >= 5
 
 
 PIDS = """
@@ -1479,7 +1499,7 @@ def test_bad_commands_fail_with_one_clear_line(photos, finished, tmp_path, capsy
     assert all(p.read_bytes() == content for p, content in files.items())
 
 
-def test_fresh_keeps_the_earlier_run(finished, photos, tmp_path, capsys):
+def test_fresh_keeps_the_earlier_run(photos, tmp_path):
     folder = tmp_path / "run"
     arguments = [*TINY, "--data", str(photos / "same"), "--output", str(folder), "--max-steps", "1"]
     train.main(arguments)
@@ -1488,7 +1508,7 @@ def test_fresh_keeps_the_earlier_run(finished, photos, tmp_path, capsys):
     assert (tmp_path / "run.1" / "backbone.pt").read_bytes() == before != (folder / "backbone.pt").read_bytes()
 
 
-def test_a_folder_belongs_to_one_run_at_a_time(photos, tmp_path, capsys, monkeypatch):
+def test_a_folder_belongs_to_one_run_at_a_time(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py"])
     lock = train.claim(tmp_path / "run", {"epochs": 1}, False)
     for fresh in (False, True):  # --fresh does not pull the folder away from a live run either
@@ -1509,7 +1529,7 @@ def test_a_damaged_log_or_a_foreign_state(finished, photos, tmp_path, capsys, mo
     arguments = [*TINY, "--data", str(photos / "same"), "--output", str(folder)]
     train.main(arguments)
     assert all(json.loads(line)["step"] >= 0 for line in (folder / "log.jsonl").read_text().splitlines())
-    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
+    saved = load(folder / "checkpoint.pt")
     for change, message in (({"network": {}}, "does not fit this run"), ({"step": "x"}, "no checkpoint of this script")):
         torch.save(saved | change, folder / "checkpoint.pt")
         with pytest.raises(SystemExit):
@@ -1518,17 +1538,8 @@ def test_a_damaged_log_or_a_foreign_state(finished, photos, tmp_path, capsys, mo
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(photos, tmp_path, capsys):
-    arguments = [
-        *TINY,
-        "--data",
-        str(photos / "same"),
-        "--output",
-        str(tmp_path / "run"),
-        "--base-lr",
-        "1e30",
-        "--warmup-epochs",
-        "0",
-    ]
+    arguments = [*TINY, "--data", str(photos / "same"), "--output", str(tmp_path / "run")]
+    arguments += ["--base-lr", "1e30", "--warmup-epochs", "0"]
     with pytest.raises(SystemExit) as stopped:
         train.main(arguments)
     assert stopped.value.code == 2 and "not finite at step" in capsys.readouterr().err
@@ -1569,7 +1580,7 @@ def test_documented_python_runs(tmp_path, monkeypatch):
     Path("runs/imagenet").mkdir(parents=True)
     torch.save(train.build_backbone("resnet50", "imagenet", 32)[0].state_dict(), "runs/imagenet/backbone.pt")
     names = {"torch": torch, "torchvision": torchvision}
-    exec("found = " + load, names)
+    exec(load.replace("backbone.load", "found = backbone.load"), names)
     assert names["found"].missing_keys == ["fc.weight", "fc.bias"] and not names["found"].unexpected_keys
 
     class Pictures(list):
@@ -1582,18 +1593,30 @@ def test_documented_python_runs(tmp_path, monkeypatch):
     assert images.labels.tolist() == val.labels.tolist() == [0, 0, 1]
 
 
-def test_documented_names_exist():
+def test_documented_slurm_script_saves_before_it_requeues(tmp_path):
+    """By bash itself, with functions in the place of Slurm's programs, and Slurm's signal."""
+    (script,) = re.findall(r"```bash\n(#!/bin/bash.*?)```", (HERE / "README.md").read_text(), re.S)
+    stand_ins = """
+    srun() { trap 'sleep 0.5; echo saved; exit 1' TERM; echo started; while :; do sleep 0.05; done; }
+    scontrol() { if [ $1 = requeue ]; then echo requeued $2; else echo first; fi; }
+    """
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/activate").touch()
+    command, names = ["bash", "-c", stand_ins + script], {"SLURM_JOB_ID": "7", "SLURM_NODELIST": "first"}
+    job = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT | names, stdout=subprocess.PIPE, text=True)
+    assert job.stdout.readline() == "started\n"
+    job.send_signal(signal.SIGUSR1)
+    assert job.communicate(timeout=60)[0].splitlines() == ["saved", "requeued 7"]
+
+
+def test_documented_names_exist(capsys):
     """Every flag, and every function or class, that the README's text names in backticks."""
     text = re.sub(r"```.*?```", "", (HERE / "README.md").read_text(), flags=re.S)
     quoted = re.findall(r"`([^`]+)`", text)
-    scripts = [sys.executable, "-c", "import sys, %s as s; s.parse(['--help'])"]
-    helps = (
-        "".join(
-            subprocess.run([*scripts[:2], scripts[2] % name], capture_output=True, text=True, env=ENVIRONMENT).stdout
-            for name in ("train", "linear_eval", "detect_transfer")
-        )
-        + (HERE / "intl.py").read_text()
-    )
+    for script in (train, linear_eval, detect_transfer):
+        with pytest.raises(SystemExit):
+            script.parse(["--help"])
+    helps = capsys.readouterr().out + (HERE / "intl.py").read_text()
     flags = {flag for words in quoted if "torchrun" not in words for flag in re.findall(r"(?<!\S)--[a-z-]+", words)}
     assert len(flags) > 20 and not {f for f in flags if not re.search(rf"{f}\b", helps)} - {"--ipc"}
     names = {
@@ -1826,10 +1849,6 @@ def test_linear_classifiers_do_not_influence_each_other_and_resume(finished, pho
     assert rows[0][0] == rows[1][1]
 
 
-def load(path):
-    return torch.load(path, weights_only=True)
-
-
 def test_evaluation_schedules():
     published = {0: 1, 59: 1, 60: 0.1, 79: 0.1, 80: 0.01, 99: 0.01}
     for epoch, factor in published.items():
@@ -2002,7 +2021,7 @@ def test_c4_training_runs_res5_once_and_has_the_published_losses(finished, monke
         torch.testing.assert_close(mine[name], value)
 
 
-def test_proposals_have_the_published_loss(finished, monkeypatch):
+def test_proposals_have_the_published_loss(finished):
     network, _ = detector(finished)
     labels, targets = [torch.tensor([1.0, 0, -1, 1, 0])], [randn(5, 4, dtype=torch.float32)]
     objectness, deltas = randn(5, 1, seed=1, dtype=torch.float32), randn(5, 4, seed=2, dtype=torch.float32)
@@ -2192,14 +2211,8 @@ def test_bad_detection_commands_fail_with_one_clear_line(finished, scenes, tmp_p
     (tmp_path / "empty").mkdir()
     good = [*SMALL, *checkpoint, "--data", str(scenes)]
     wrong = {"id": 5, "file_name": "0.png", "height": 20, "width": 31}
-    annotation = {
-        "id": 1,
-        "image_id": 5,
-        "category_id": 7,
-        "bbox": [2, 3, 9, 9],
-        "area": 9,
-        "segmentation": [[2, 3, 9, 3, 9, 9]],
-    }
+    annotation = {"id": 1, "image_id": 5, "category_id": 7, "bbox": [2, 3, 9, 9], "area": 9}
+    annotation["segmentation"] = [[2, 3, 9, 3, 9, 9]]
     cases = [
         (data("a", train={"images": [image]}), "nosuch.png, which is not in"),
         (data("b", val={"categories": [{"id": 7, "name": "early"}, {"id": 90}]}), "category 90 has no name"),

@@ -145,6 +145,9 @@ def rank_and_world() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
+STORES = []  # of the process group, through which one process tells the others that it has left with an error
+
+
 def fail(message: str, alone: bool = False) -> NoReturn:
     """Leave with status 2 and one line on stderr: from each node's first process, since all come here, or from one that
     fails alone."""
@@ -153,9 +156,6 @@ def fail(message: str, alone: bool = False) -> NoReturn:
     if alone and STORES:
         STORES[-1].set("failed", "")
     raise SystemExit(2)
-
-
-STORES = []  # of the process group, through which one process tells the others that it has left with an error
 
 
 def leave_together(main):
@@ -807,7 +807,7 @@ class SpectralLoss(nn.Module):
 
     def forward(self, views: list[Tensor], teacher: Tensor | None = None) -> Tensor:
         z = gather(torch.stack(views if teacher is None else [teacher.detach(), *views]))  # (V, m, d)
-        z_hat = spectral_transform(z, power(self.p), axis=self.axis)
+        z_hat = spectral_transform(z, power(self.p), axis=self.axis)  # (V, m, d)
         loss = 2 - 2 * cosine_similarity(z_hat[1:], z_hat[:1], dim=-1).mean()
         self.parts = {"alignment": loss.detach()}
         return undo_ddp_average(loss)
@@ -880,8 +880,8 @@ def encode(
     size: int,
     chosen: Tensor,
     device: torch.device,
-    dtype: torch.dtype = torch.float32,
-    workers: int = 2,
+    dtype: torch.dtype,
+    workers: int,
 ) -> Tensor:
     """Features (n, width), on the CPU, of this process's share chosen[rank::world] of the images, in eval mode. More than
     2 GiB of them in all are kept in half precision."""
@@ -1077,12 +1077,13 @@ def leave(log: Log | None = None):
 
 
 def alarm(ranks: list[float], score: float, least: float) -> str | None:
-    """Collapse, announced: the embedding's effective rank after the last epochs, the score, and that of a collapse."""
+    """Collapse, announced: the embedding's effective rank after the last four epochs, the score, and that of a collapse."""
     if score < least + 0.05 * (1 - least):
         return f"the spectral score {score:.3f} is near its least value {least:.3f}: one direction holds all the variance"
-    last = ranks[-4:]
-    if len(last) == 4 and all(a > b for a, b in zip(last, last[1:])) and last[-1] < 0.7 * last[0]:
-        return f"the embedding's effective rank falls steadily: {', '.join(f'{r:.1f}' for r in last)}"
+    if ranks and ranks[-1] < 3:
+        return f"the embedding's effective rank is {ranks[-1]:.1f}: a few directions hold all the variance"
+    if len(ranks) == 4 and all(a > b for a, b in itertools.pairwise(ranks)) and ranks[-1] < 0.7 * ranks[0]:
+        return f"the embedding's effective rank falls steadily: {', '.join(f'{r:.1f}' for r in ranks)}"
     return None
 
 
@@ -1184,7 +1185,7 @@ def check(recipe: Recipe, args: argparse.Namespace):
             values = getattr(recipe, name)
             yield from ((name, value) for value in (values if isinstance(values, tuple) else [values]))
 
-    for name, value in numbers("base_lr", "final_lr", "weight_decay", "beta", "orthogonality_weight", "jitter"):
+    for name, value in numbers("final_lr", "weight_decay", "beta", "orthogonality_weight", "jitter"):
         if value is not None and not (math.isfinite(value) and (value >= 0 or name == "beta")):
             fail(f"--{name.replace('_', '-')} must be finite and not negative, got {value}")
     for name, value in numbers("jitter_prob", "gray", "blur", "solarize"):
@@ -1337,7 +1338,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.model = distribute(network, device)
 
-    def embed(self, views: list[Tensor]) -> list[list[Tensor]]:
+    def embed(self, views: list[Tensor]) -> list:
         """The criterion's arguments: the views' embeddings (b, out); with a teacher, which embeds view 0 alone, its own last."""
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             if self.teacher is None:
@@ -1560,7 +1561,7 @@ def main(argv: list[str] | None = None):
         f"learning rate {recipe.base_lr} x {recipe.batch_size}/256 = {rate:g}")  # fmt: skip
     say(f"{device}, {str(dtype).removeprefix('torch.')}: {reason}")
 
-    # Each epoch: features of at most 10,000 validation images, and of at most --knn-images training images.
+    # Each epoch: features of at most 10,000 validation images (without any, 2,000 for training), and --knn-images that vote.
     voters = torch.randperm(len(train), generator=rng(args.seed, "voters"))[: args.knn_images]
     probe = val or train
     queried = torch.randperm(len(probe), generator=rng(args.seed, "queries"))[: 10_000 if val else 2000]
