@@ -1792,10 +1792,20 @@ def test_runs_are_compared_by_what_differs_among_them(finished, photos, tmp_path
     ]
     assert table[2][2:6:3] == [f"{top1 + 1:.3g} ± 1.4", f"{rank:.3g} ± 0"] and table[3][3] == f"{knn + 5:.3g}"
     assert picture.exists() == bool(has_matplotlib)
+
+    def refused(name):
+        with pytest.raises(SystemExit):
+            linear_eval.main(["--compare", str(tmp_path / "c"), str(tmp_path / name)])
+        return capsys.readouterr().err
+
     (tmp_path / "b" / "results.jsonl").unlink()
-    with pytest.raises(SystemExit):
-        linear_eval.main(["--compare", *map(str, sorted(tmp_path.glob("?")))])
-    assert "b is no run of train.py that can be read" in capsys.readouterr().err
+    assert "b is no run of train.py that can be read" in refused("b")
+    log = tmp_path / "a" / "log.jsonl"
+    *earlier, last = log.read_text().splitlines(keepends=True)
+    log.write_text("".join(earlier))
+    assert "a has reached epoch 3 of 4" in refused("a")
+    log.write_text("".join(earlier) + json.dumps({k: v for k, v in json.loads(last).items() if k != "embedding_spectrum"}))
+    assert "stopped at its very last step" in refused("a")
 
 
 def test_the_backbone_is_frozen_unless_it_is_fine_tuned(finished, photos, tmp_path, monkeypatch, capsys):
