@@ -115,10 +115,8 @@ RECIPES = {
         anchors=(16, 32, 64), train_proposals=(200, 50), test_proposals=(200, 30), rois=16, detections=10,
     ),
 }  # fmt: skip
-FPN_PROPOSALS = {
-    "train_proposals": (2000, 1000),
-    "test_proposals": (1000, 1000),
-}  # as published: before NMS of each level, after it of all
+# As published for FPN: before NMS of each level, after it of all together.
+FPN_PROPOSALS = {"train_proposals": (2000, 1000), "test_proposals": (1000, 1000)}
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -418,7 +416,8 @@ class Float32(nn.Module):
 
 
 class Trunk(nn.Module):
-    """A ResNet up to its third group of blocks (res4)."""
+    """A ResNet up to its third group of blocks (res4): (b, 3, h, w) -> {"0": (b, out_channels, h / 16, w / 16)}, and h / 4 for
+    the stem `cifar`."""
 
     def __init__(self, resnet: nn.Module):
         super().__init__()
@@ -426,9 +425,7 @@ class Trunk(nn.Module):
             setattr(self, name, getattr(resnet, name))
         self.out_channels = resnet.layer4[0].conv1.in_channels
 
-    def forward(
-        self, x: Tensor
-    ) -> dict[str, Tensor]:  # (b, 3, h, w) -> {"0": (b, out_channels, h / 16, w / 16)}, cifar stem: h / 4
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
         for part in self.children():
             x = part(x)
         return OrderedDict([("0", x)])
@@ -754,10 +751,8 @@ def main(argv: list[str] | None = None):
     steps = max(1, recipe.images // recipe.batch_size)
     last = min(steps, args.max_steps or steps)
     config = dataclasses.asdict(recipe) | {"recipe": args.recipe, "seed": args.seed, "train_images": len(train)}
-    config |= {
-        "data": str(train.annotations),
-        "weights": "random" if args.random else f"{args.checkpoint} ({digest_of(checkpoint.state)})",
-    }
+    weights = "random" if args.random else f"{args.checkpoint} ({digest_of(checkpoint.state)})"
+    config |= {"data": str(train.annotations), "weights": weights}
     config = json.loads(json.dumps(config | {"arch": checkpoint.arch, "stem": checkpoint.stem}))
     saved = resume_point(folder, config, fresh, {"step", "model", "optimizer", "scaler"})
 
