@@ -465,7 +465,7 @@ def train_classifier(
 
 
 def digest_of(state: dict[str, Tensor]) -> str:
-    return digest(b"".join(value.cpu().contiguous().numpy().tobytes() for value in state.values()))
+    return digest(b"".join(value.cpu().flatten().view(torch.uint8).numpy().tobytes() for value in state.values()))
 
 
 def compare(folders: list[str], plot: str | None = None):
@@ -477,17 +477,17 @@ def compare(folders: list[str], plot: str | None = None):
         try:
             config = json.loads((folder / "config.json").read_text())
             log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+            last = ([line for line in log if "feature_rank" in line] or [{"epoch": 0}])[-1]
+            if last["epoch"] == config["epochs"] and "embedding_spectrum" not in last:
+                fail(f"{folder} was stopped at its very last step, before its spectrum was measured: repeat it with --fresh")
+            if last["epoch"] < config["epochs"]:
+                fail(f"{folder} has reached epoch {last['epoch']:g} of {config['epochs']}: let it end first")
             lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
             mine = digest_of(load_checkpoint(folder / "backbone.pt"))
             results = {r["protocol"]: r for r in lines if r["digest"] == mine}
             for protocol in ("features", "knn"):
                 if protocol not in results:
                     fail(f"{folder}/results.jsonl lacks {protocol} of its backbone.pt: let linear_eval.py measure it first")
-            last = ([line for line in log if "feature_rank" in line] or [{"epoch": 0}])[-1]
-            if last["epoch"] == config["epochs"] and "embedding_spectrum" not in last:
-                fail(f"{folder} was stopped at its very last step, before its spectrum was measured: repeat it with --fresh")
-            if last["epoch"] < config["epochs"]:
-                fail(f"{folder} has reached epoch {last['epoch']:g} of {config['epochs']}: let it end first")
             speed = [line["images_per_second"] for line in log if "images_per_second" in line][-1]
             numbers = {"linear top-1": results["features"]["top1"], "5-NN top-1": results["knn"]["top1"]}
             numbers |= {"effective rank of features": last["feature_rank"], "of embedding": last["embedding_rank"]}

@@ -1597,7 +1597,9 @@ def test_documented_slurm_script_saves_before_it_requeues(tmp_path):
     """By bash itself, with functions in the place of Slurm's programs, and Slurm's signal."""
     (script,) = re.findall(r"```bash\n(#!/bin/bash.*?)```", (HERE / "README.md").read_text(), re.S)
     stand_ins = """
-    srun() { trap 'sleep 0.5; echo saved; exit 1' TERM; echo started; while :; do sleep 0.05; done; }
+    step() { trap 'sleep 0.5; echo saved; exit 1' TERM; echo $BASHPID > step; echo started; while :; do sleep 0.05; done; }
+    srun() { step & trap "kill -KILL $!; exit 1" TERM; wait $!; }  # which does not pass SIGTERM on
+    scancel() { [ "$*" = "--signal=TERM 7.0" ] && kill -TERM $(cat step); }
     scontrol() { if [ $1 = requeue ]; then echo requeued $2; else echo first; fi; }
     """
     (tmp_path / ".venv/bin").mkdir(parents=True)
@@ -1694,6 +1696,7 @@ def test_every_publishers_checkpoint_gives_the_features_of_the_bare_network(arch
 def test_what_a_file_does_not_tell_is_asked_for_or_read_beside_it(tmp_path, capsys):
     """A 3x3 stem has stride 1 or 2; train.py's backbone.pt lies beside its config.json."""
     state = train.build_backbone("resnet18", "small", 32)[0].state_dict()
+    assert len({linear_eval.digest_of(s) for s in (state, {k: v.bfloat16() for k, v in state.items()})}) == 2
     torch.save(state, tmp_path / "backbone.pt")
 
     def refused(content, message, stem=None):
