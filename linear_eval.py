@@ -478,10 +478,10 @@ def compare(folders: list[str], plot: str | None = None):
             config = json.loads((folder / "config.json").read_text())
             log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
             last = ([line for line in log if "feature_rank" in line] or [{"epoch": 0}])[-1]
-            if last["epoch"] == config["epochs"] and "embedding_spectrum" not in last:
-                fail(f"{folder} was stopped at its very last step, before its spectrum was measured: repeat it with --fresh")
             if last["epoch"] < config["epochs"]:
                 fail(f"{folder} has reached epoch {last['epoch']:g} of {config['epochs']}: let it end first")
+            if "embedding_spectrum" not in last:
+                fail(f"{folder} was stopped at its very last step, before its spectrum was measured: repeat it with --fresh")
             lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
             mine = digest_of(load_checkpoint(folder / "backbone.pt"))
             results = {r["protocol"]: r for r in lines if r["digest"] == mine}
@@ -699,8 +699,8 @@ def main(argv: list[str] | None = None):
             now = backbone.state_dict()
             assert all(torch.equal(value, now[name]) for name, value in frozen.items()), "the frozen backbone changed"
         usual = {"epochs": PROTOCOLS[protocol]["epochs"], "batch_size": 256, "weight_decay": 0.0, "encoder_lr": 0.004}
-        published = not args.random and (protocol == "knn" or all(settings.get(k, v) == v for k, v in usual.items()))
-        published &= protocol != "finetune" or len(labelled) < len(train)
+        published = not args.random and all(settings.get(name, value) == value for name, value in usual.items())
+        published &= protocol != "finetune" or len(labelled) < len(train)  # on all labels it was not
         table += [(protocol, *row, published and row[0] == own) for row in rows]
         if rank == 0:
             result = settings | {"results": [dict(zip(("classifier", "top1", "top5"), row)) for row in rows]}

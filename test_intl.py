@@ -1020,6 +1020,15 @@ def finished(photos, tmp_path_factory):
     return folder, run.stdout
 
 
+@pytest.fixture
+def one_thread():
+    """As in the processes that the tests start: sums are rounded alike."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def test_a_run_leaves_what_is_promised(finished):
     folder, printed = finished
     assert {"checkpoint.pt", "backbone.pt", "config.json", "log.jsonl"} <= {p.name for p in folder.iterdir()}
@@ -1339,7 +1348,9 @@ def test_what_stands_in_for_an_unreadable_image_has_its_label(photos, tmp_path):
     assert torch.equal(train.Decoded(images, lambda image, key: image)[index], first) and images.skipped.sum() == 1
 
 
-def test_a_signal_at_the_end_of_an_epoch_saves_at_once_and_measures_later(photos, tmp_path, monkeypatch, capsys):
+def test_a_signal_at_the_end_of_an_epoch_saves_at_once_and_measures_later(
+    finished, one_thread, photos, tmp_path, monkeypatch, capsys
+):
     arguments = [*TINY, "--data", str(photos / "same"), "--output", str(tmp_path / "run")]
     steps, any_process = [], train.any_process
 
@@ -1355,6 +1366,8 @@ def test_a_signal_at_the_end_of_an_epoch_saves_at_once_and_measures_later(photos
     train.main(arguments)
     printed = capsys.readouterr().out
     assert printed.index("resuming at step 6") < printed.index("epoch 2.00/4  5-NN") < printed.index("step 7/12")
+    expected = backbone_of(finished[0])
+    assert all(torch.equal(value, expected[name]) for name, value in backbone_of(tmp_path / "run").items())
 
 
 def test_a_network_without_a_label_trains(photos, tmp_path, capsys):
@@ -1573,14 +1586,14 @@ def test_documented_commands_parse():
 def test_documented_python_runs(tmp_path, monkeypatch):
     """The README's three pieces, with small things in the place of the reader's own."""
     monkeypatch.chdir(tmp_path)
-    loop, load, make = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+    loop, result, make = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
     names = {"backbone": nn.Sequential(nn.Flatten(), nn.Linear(12, 512)), "loader": [torch.randn(2, 16, 3, 2, 2)]}
     exec(loop, names)
     assert {"alignment", "trace", "floor", "score", "least"} == set(names["criterion"].parts)
     Path("runs/imagenet").mkdir(parents=True)
     torch.save(train.build_backbone("resnet50", "imagenet", 32)[0].state_dict(), "runs/imagenet/backbone.pt")
     names = {"torch": torch, "torchvision": torchvision}
-    exec(load.replace("backbone.load", "found = backbone.load"), names)
+    exec(result.replace("backbone.load", "found = backbone.load"), names)
     assert names["found"].missing_keys == ["fc.weight", "fc.bias"] and not names["found"].unexpected_keys
 
     class Pictures(list):
