@@ -1338,15 +1338,13 @@ def test_workers_leave_with_a_killed_run(tmp_path):
 
 
 def test_a_tree_without_labels_trains(photos, tmp_path, capsys):
-    arguments = [*TINY, "--data", str(photos / "train"), "--output", str(tmp_path), "--max-steps", "2"]
-    train.main([*arguments, "--workers", "0"])
+    train.main(tiny(photos / "train", tmp_path, "--max-steps 2"))
     printed = capsys.readouterr().out
     assert "feature_rank" in printed and "knn_top1" not in printed
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_checkpoint(photos, tmp_path):
-    arguments = [*TINY, "--data", str(photos), "--output", str(tmp_path), "--workers", "0"]
-    arguments += ["--base-lr", "1e30", "--warmup-epochs", "0"]
+    arguments = tiny(photos, tmp_path, "--base-lr 1e30 --warmup-epochs 0")
     with pytest.raises(SystemExit, match=r"the loss is not finite at step \d+: .*--base-lr"):
         train.main(arguments)
     assert all(v.isfinite().all() for v in load(tmp_path / "checkpoint.pt")["network"].values())
@@ -1355,17 +1353,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_checkpoint(photos
 def test_checkpoints_are_written_by_the_clock(photos, tmp_path, monkeypatch):
     written = []
     monkeypatch.setattr(train, "save", lambda state, path: written.append(path.name))
-    arguments = [
-        *TINY,
-        "--data",
-        str(photos),
-        "--output",
-        str(tmp_path),
-        "--workers",
-        "0",
-        "--max-steps",
-        "5",
-    ]
+    arguments = tiny(photos, tmp_path, "--max-steps 5")
     train.main(arguments)
     assert written == ["checkpoint.pt", "backbone.pt"] * 5
     written.clear()
@@ -1424,17 +1412,7 @@ def test_compile_makes_one_graph_for_training(photos, tmp_path, monkeypatch):
     monkeypatch.setattr(
         nn.Module, "compile", lambda self, **options: compiled(self, backend=backend, **options)
     )
-    arguments = [
-        *TINY,
-        "--data",
-        str(photos),
-        "--output",
-        str(tmp_path),
-        "--workers",
-        "0",
-        "--max-steps",
-        "4",
-    ]
+    arguments = tiny(photos, tmp_path, "--max-steps 4")
     train.main([*arguments, "--compile", "--precision", "float32"])
     assert graphs == [[(16, 3, 16, 16)] * 2]
 
