@@ -65,7 +65,7 @@ RECIPES = {
     "coco-1x": dict(images=1_440_000),
 }
 # These flags may change when a run goes on.
-FREE = "output", "max_steps", "evaluations", "workers", "log_every", "save_minutes", "device"
+FREE = "data", "output", "max_steps", "evaluations", "workers", "log_every", "save_minutes", "device"
 # fmt: on
 
 
@@ -82,7 +82,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     # R50-C4 with an extra norm, as MoCo's and INTL's configurations for detectron2 have it.
     add = parser.add_argument_group("what defines the run; a recipe gives the defaults").add_argument
     add("--model", default="c4", choices=["c4", "fpn"])
-    add("--norm", default="syncbn", choices=["syncbn", "bn", "frozen"], help="over processes, of each, fixed")
+    add("--norm", default="syncbn", choices=["syncbn", "bn", "frozen"], help="syncbn: over all GPUs")
     add("--images", type=int, default=2_880_000, help="length of the schedule, in images seen")
     add("--batch-size", type=int, default=16, help="GLOBAL, over all processes")
     add("--base-lr", type=float, default=0.02, help="learning rate per 16 images of the global batch")
@@ -100,8 +100,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     # fmt: on
     parser.set_defaults(**RECIPES[parser.parse_known_args(argv)[0].recipe])
     args = parser.parse_args(argv)
-    if args.recipe != "shapes" and not args.data:
-        parser.error(f"--recipe {args.recipe} needs --data FOLDER")
+    if args.recipe != "shapes" and not args.data or args.model == "fpn" and len(args.anchors) != 5:
+        parser.error("--recipe coco-* needs --data FOLDER, and --model fpn five --anchors, one a level")
     if not args.checkpoint and not (args.random and args.arch):
         args.checkpoint = Path("runs/shapes/checkpoint.pt")
     args.output = args.output or Path(f"runs/detect_{args.recipe}{'_random' * args.random}")
@@ -164,11 +164,13 @@ class CocoImages(torch.utils.data.Dataset):
                 self.coco = coco = COCO(file)
                 for i, annotation in enumerate(coco.dataset["annotations"]):
                     annotation["id"] = i + 1  # COCOeval takes 0 for no match
+                    annotation.setdefault("iscrowd", 0)
+                    annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
                 coco.createIndex()
             images = [(x, [a for a in coco.imgToAnns[i] if usable(a, x)]) for i, x in coco.imgs.items()]
+            self.images = Shared(entry for entry in images if entry[1] or not training)
         except (KeyError, TypeError, ValueError, AssertionError) as error:
-            sys.exit(f"{file} is no COCO annotation file: {error!r}")
-        self.images = Shared(entry for entry in images if entry[1] or not training)
+            sys.exit(f"{file} is no COCO annotation file, or names no object: {error!r}")
         self.categories = sorted(coco.cats)
         self.masks = all(a.get("segmentation") for a in coco.anns.values())
 
@@ -203,7 +205,7 @@ def usable(annotation: dict, image: dict) -> bool:
     """No crowd, and a pixel at least in each direction inside the image."""
     x, y, w, h = annotation["bbox"]
     inside = min(min(x + w, image["width"]) - max(x, 0), min(y + h, image["height"]) - max(y, 0))
-    return inside >= 1 and not annotation.get("iscrowd")
+    return inside >= 1 and not annotation["iscrowd"]
 
 
 class AlignedRoIs(RoIAlign):
@@ -374,7 +376,7 @@ def average_precision(data: CocoImages, results: list[dict], folder: Path) -> di
 def draw_results(data: CocoImages, results: list[dict], path: Path, n: int = 6, side: int = 320):
     """A PNG: n images with what was found in them with a score of at least 0.5."""
     pictures = []
-    for i in range(0, len(data), max(1, len(data) // n))[:n]:
+    for i in range(min(n, len(data))):
         picture, target = data[0, i]
         found = [r for r in results if r["image_id"] == target["image_id"] and r["score"] >= 0.5]
         if found and data.masks:
@@ -423,7 +425,7 @@ def main(argv: list[str] | None = None):
 
     # go on from a checkpoint
     config = {k: v for k, v in vars(args).items() if k not in FREE} | {"train_images": len(train)}
-    config |= {"checkpoint": str(args.checkpoint), "data": str(args.data)}
+    config |= {"checkpoint": str(args.checkpoint)}
     saved, step = resume(folder / "checkpoint.pt", config), 0
     if saved:
         step = saved["step"]

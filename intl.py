@@ -40,7 +40,7 @@ def _check_settings(axis: str, iterations: int = 1):
     if axis not in ("channel", "batch"):
         raise ValueError(f'axis must be "channel" or "batch", got {axis!r}')
     if not 1 <= iterations <= 40:
-        raise ValueError(f"iterations must be from 1 to 40 (the limit of many is whiten), got {iterations}")
+        raise ValueError(f"iterations must be from 1 to 40 (whiten is the limit of many), got {iterations}")
 
 
 def _checked(z: Tensor, iterations: int = 1) -> Tensor:
@@ -58,7 +58,7 @@ def _checked(z: Tensor, iterations: int = 1) -> Tensor:
 def _centre(z: Tensor, axis: str) -> tuple[Tensor, int]:
     """z centred along the axis (..., m, d), and the divisor of its covariance."""
     dim = -1 if axis == "channel" else -2
-    zc = z + z.sum(dim, keepdim=True) * (-1 / z.shape[dim])  # z - z.mean(): a slower backward
+    zc = z + z.sum(dim, keepdim=True) * (-1 / z.shape[dim])  # z.mean() has a slower backward
     return zc, z.shape[dim] - 1
 
 
@@ -95,7 +95,7 @@ def _apply(f: Tensor, zc: Tensor) -> Tensor:
 
 class _MatrixFunction(torch.autograd.Function):
     """U diag(g(l)) U^T of a symmetric S. Hand-written because autograd through eigh divides by l_i - l_j: NaN
-    for equal eigenvalues, and m <= d always gives S equal ones, zero. The transform is smooth there (Daleckii
+    for equal eigenvalues, and a collapsed batch has many, zero. The transform is smooth there (Daleckii
     and Krein): with D = U^T dS U its differential is U (K o D) U^T, K_ij = (g_i - g_j) / (l_i - l_j), or the
     derivative where the two coincide. g may depend on all l, say on their sum: hence J. [test_gradcheck]"""
 
@@ -280,7 +280,7 @@ def _all_views(views: Sequence[Tensor] | Tensor, teacher: Tensor | None, iterati
 # and no z_hat is formed: with G_v = zc_v zc_v^T / (d-1), C_v = zc_v zc_0^T / (d-1) and P_v from G_v, the
 # diagonal of cov(z_hat_v) = P_v G_v P_v holds the variances of the rows, which are their squared norms /
 # (d-1); their inner products / (d-1) are diag(P_v C_v P_0). Beyond G and C all is m x m: for two views 7
-# products of 2 m m d operations, where forming z_hat takes 12. [test_loss_equals_its_definition]
+# products of 2 m m d operations, where autograd through z_hat takes 12. [test_loss_equals_its_definition]
 
 
 def _statistics(z: Sequence[Tensor], iterations: int, axis: str) -> tuple[Tensor, Tensor]:
@@ -369,7 +369,7 @@ def group_whiten(z: Tensor, groups: int, permutation: Tensor | None = None) -> T
     """CW-RGP's transform of z, (m, d) or (V, m, d); same shape. Samples are centred over all their channels;
     the channels, permuted by (d,), or by (V, d) one for each view (None: in order), are split into groups;
     each is ZCA-whitened with its own m x m Gram matrix, divisor d / groups - 1; the permutation is undone.
-    ValueError unless groups divides d and d / groups > m: else a group's Gram matrix is singular."""
+    ValueError unless groups divides d and d / groups > m: else a group's Gram matrix is all but singular."""
     z = _checked(z)
     m, d = z.shape[-2:]
     if groups < 1 or d % groups or d // groups <= m:
@@ -380,11 +380,12 @@ def group_whiten(z: Tensor, groups: int, permutation: Tensor | None = None) -> T
 
     with torch.autocast(z.device.type, enabled=False):
         zc, _ = _centre(z.double(), "channel")  # (..., m, d)
-        zg = zc.take_along_dim(order.unsqueeze(-2), -1)  # (..., m, d)
+        order = order.expand(*z.shape[:-2], d).unsqueeze(-2)  # (..., 1, d)
+        zg = zc.take_along_dim(order, -1)  # (..., m, d)
         zg = zg.unflatten(-1, (groups, -1)).transpose(-3, -2)  # (..., groups, m, d / groups)
         zg = _MatrixFunction.apply(_gram(zg) / (d // groups - 1), power(0.5)) @ zg
         zg = zg.transpose(-3, -2).flatten(-2)  # (..., m, d)
-        return zg.take_along_dim(order.argsort(-1).unsqueeze(-2), -1).to(z.dtype)
+        return zg.take_along_dim(order.argsort(-1), -1).to(z.dtype)
 
 
 class CWRGPLoss(nn.Module):
@@ -514,17 +515,13 @@ def demonstrate(steps: int = 400, plot: str | None = None) -> dict[str, tuple[fl
         print(f"{name:24}{results[name][0]:22.1f}{results[name][1]:18.3g}", flush=True)
         if plot:
             plt.semilogy(spectrum(z) / spectrum(z)[0], label=name)
-            plt.legend(title="eigenvalues over the largest", fontsize="x-small", title_fontsize="x-small")
     if plot:
+        plt.legend(title="eigenvalues over the largest", fontsize="x-small", title_fontsize="x-small")
         plt.savefig(plot)
     return results
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--plot", metavar="FILE", help="draw the spectra of the demonstration (needs matplotlib)"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--plot", metavar="FILE", help="draw the spectra, where matplotlib is installed")
     demonstrate(plot=parser.parse_args().plot)

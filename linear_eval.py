@@ -51,22 +51,22 @@ from train import (
     still,
 )
 
-# Published epochs and rates (linear: 0.4 after multi-crop with a teacher); further rates spare a search.
+# Published epochs, and rates: the published one (linear: 0.4 after multi-crop) and more, to spare a search.
 PROTOCOLS = {
     "features": (500, [0.01, 0.001, 0.1]),
     "knn": (0, []),
     "linear": (100, [0.2, 0.4, 0.02, 0.1, 1.0, 5.0, 30.0]),
     "finetune": (20, [0.2]),
 }
-# Where publishers keep a ResNet with torchvision's names: train.py and DINO, official INTL, MoCo v1 and v2,
-# MoCo v3, SwAV; or the file is the state dict itself, as backbone.pt, Barlow Twins' and VICReg's are.
+# Where publishers keep a ResNet with torchvision's names, if the file is not the state dict itself. Prefixes:
+# train.py's and DINO's, official INTL's, MoCo v1 and v2's, MoCo v3's, SwAV's, none (backbone.pt, VICReg).
 ENTRIES = ("network", "state_dict", "teacher", "model")
 PREFIXES = ("backbone.", "module.backbone.", "module.encoder_q.", "module.base_encoder.", "module.", "")
 
 
 def read_backbone(args: argparse.Namespace, **options) -> tuple[nn.Module, int, dict]:
     """The network that the flags name, the width of its features, and train.py's configuration, if known."""
-    with torch.serialization.safe_globals([argparse.Namespace]):  # others keep their flags so
+    with torch.serialization.safe_globals([argparse.Namespace]):  # DINO's files hold their flags
         saved = load(args.checkpoint) if args.checkpoint else {}
     saved = saved if isinstance(saved, dict) else {}
     config = saved["config"] if isinstance(saved.get("config"), dict) else {}
@@ -153,11 +153,11 @@ def validate(model: Classifier, val, config: dict, workers: int, device: torch.d
     return (100 * collect(counts[None]).sum(0) / len(val)).tolist()
 
 
-def labelled_rows(train, percent: float, names: Path | None, seed: int) -> Tensor:
+def labelled_rows(train, percent: float, names: str | None, seed: int) -> Tensor:
     """The images that a file names, or `percent` of every class, at least one."""
     if names:
         row = {Path(path).name: i for i, (path, _) in enumerate(getattr(train, "samples", []))}
-        wanted = names.read_text().split()
+        wanted = Path(names).read_text().split()
         unknown = [name for name in wanted if name not in row]
         if unknown:
             sys.exit(f"{names}: {len(unknown)} of {len(wanted)} names are of no image, {unknown[:1]}")
@@ -184,6 +184,8 @@ def train_classifier(args, config: dict, path: Path, backbone, width: int, train
     if not frozen:
         rows = labelled_rows(train, args.percent, args.labels_file, args.seed)
     steps = len(rows) // args.batch_size  # of an epoch
+    if not frozen and dtype == torch.float16:
+        sys.exit("--protocol finetune has no GradScaler for float16: take another --precision")
     if not steps or args.batch_size % WORLD:
         sys.exit(f"--batch-size {args.batch_size} is more than {len(rows)} images, or no multiple of {WORLD}")
 
@@ -247,11 +249,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--size", type=int, help="pixels of an image (default: as the file says; 224, or 32 for small stems)")
     add("--protocol", nargs="+", choices=PROTOCOLS, default=["features", "knn"])
     add("--epochs", type=int, help="default: the protocol's")
-    add("--lr", type=float, nargs="+", help="a classifier each; of features as it is, else per 256 images")
+    add("--lr", type=float, nargs="+", help="one classifier each; per 256 images, but of `features`")
     add("--batch-size", type=int, default=256, help="linear, finetune: GLOBAL, over all processes")
     add("--weight-decay", type=float, default=0.0, help="linear, finetune")
     add("--percent", type=float, default=100, help="finetune: labels of each class")
-    add("--labels-file", type=Path, help="finetune: names of the labelled images, as SimCLR's lists")
+    add("--labels-file", help="finetune: names of the labelled images, as SimCLR's lists")
     add("--encoder-lr", type=float, default=0.006, help="finetune: published 0.006; 0.004 after multi-crop")
     add("--schedule", choices=["constant", "cosine"], default="constant", help="finetune: of the rates")
     args = parser.parse_args(argv)
@@ -301,12 +303,10 @@ def main(argv: list[str] | None = None):
             data = collect(x.float())[order], collect(y)[order], collect(x_val.float()), collect(y_val)
             top = linear_on_features(*data, config["rates"], config["epochs"], args.seed)
         else:
-            names = ["batch_size", "weight_decay"] + ["encoder_lr", "schedule"] * (protocol == "finetune")
-            config |= {name: getattr(args, name) for name in names}
-            path = folder / f"{protocol}.pt"
-            run = args, config, path, backbone, width, train, val, device, dtype
+            more = ["encoder_lr", "schedule", "percent", "labels_file"] * (protocol == "finetune")
+            config |= {name: getattr(args, name) for name in ["batch_size", "weight_decay", *more]}
+            run = args, config, folder / f"{protocol}.pt", backbone, width, train, val, device, dtype
             top, config["labelled"] = train_classifier(*run)
-            path.unlink(missing_ok=True)
         if protocol != "knn":
             results = {f"learning rate {rate:g}": t for rate, t in zip(config["rates"], top)}
         assert protocol == "finetune" or all(map(torch.equal, before, backbone.state_dict().values()))
@@ -320,6 +320,7 @@ def main(argv: list[str] | None = None):
             line |= {"date": time.strftime("%F %T"), "seconds": round(time.time() - began, 1)}
             with open(folder / "results.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
+            (folder / f"{protocol}.pt").unlink(missing_ok=True)
     if WORLD > 1:
         dist.destroy_process_group()
 

@@ -99,7 +99,6 @@ MEAN_STD = {
 # since June 2023, after its results were published; it pads CIFAR's images twice.
 STEMS = {"imagenet": (7, 2, 3, True), "cifar": (3, 1, 1, False), "small": (3, 2, 1, True)}
 STEMS["cifar-padded"] = (3, 1, 2, False)
-STYLE = argparse.RawDescriptionHelpFormatter
 ARCHS = torchvision.models.list_models(torchvision.models, include=["resn*", "wide_resn*"])
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 say = functools.partial(print, flush=True) if RANK == 0 else lambda message: None
@@ -130,7 +129,7 @@ def common_flags(parser: argparse.ArgumentParser, precision: str | None = None):
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=STYLE)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     common_flags(parser, precision="auto")
     # fmt: off
     count, amount, share = within(1, kind=int), within(0), within(0, 1)
@@ -271,7 +270,8 @@ class Log:
         self.path, self.board = folder / "log.jsonl", SummaryWriter(folder, purge_step=step + 1)
         lines = self.path.read_text().splitlines() if step and self.path.exists() else []
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        self.path.write_text("".join(f"{line}\n" for line in kept))
+        (folder / "log.tmp").write_text("".join(f"{line}\n" for line in kept))
+        os.replace(folder / "log.tmp", self.path)
         say("  ".join(f"{k} {v}" for k, v in config.items()))
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
         machine = f"{WORLD} x {gpu}, {torch.get_num_threads()} threads, torch {torch.__version__}"
@@ -334,12 +334,11 @@ def load_data(dataset: str, root: Path | None, seed: int) -> tuple[Dataset, Data
         if root:
             sys.exit("--dataset shapes draws its own images: for those of --data give another --recipe")
         return draw_shapes(seed, 0, 6000), draw_shapes(seed, 10**6, 1000)
-    if root is None or not root.is_dir():
+    if root is None or dataset == "folder" and not root.is_dir():
         sys.exit(f"--dataset {dataset} needs --data FOLDER, and {root} is none")
     if (root / "train").is_dir():
-        train, val = load_folder(root / "train"), None
-        if (root / "val").is_dir():
-            val = load_folder(root / "val")
+        train = load_folder(root / "train")
+        val = load_folder(root / "val") if (root / "val").is_dir() else None
         if val and val.classes != train.classes:
             sys.exit(f"{root}/train and {root}/val have different folders of classes")
         return train, val
@@ -361,7 +360,7 @@ def in_memory(pixels: Tensor, targets: list[int], classes: list[str]) -> TensorD
     return images
 
 
-# Inside where positive; about the distance to the edge; all of area 3. [test_shapes_have_equal_areas]
+# Inside where positive; about the distance to the edge; all of area 3. [test_shapes_differ_in_outline_alone]
 SHAPES = {
     "disc": lambda x, y: 0.978 - x.hypot(y),
     "ring": lambda x, y: 0.276 - (x.hypot(y) - 0.865).abs(),
@@ -376,7 +375,7 @@ SHAPES = {
 
 def draw_scene(seed: int, index: int, size: int, kinds: list[int], least: float, most: float):
     """A uint8 picture (3, size, size) of shapes, later ones in front, and their seen masks (n, size, size);
-    radius: least to most of half the size. The kind is outline alone. [test_shapes_colour_tells_nothing]"""
+    radius: least to most of half the size. The kind is outline. [test_shapes_differ_in_outline_alone]"""
     generator = rng(seed, "scene", index)
     rand = functools.partial(torch.rand, generator=generator)
     colour = lambda dark: dark + 0.25 * rand(1) + 0.4 * (rand(3, 1, 1) - 0.5)  # (3, 1, 1)
@@ -426,8 +425,8 @@ def batches(rows: Tensor, batch: int, seed: int, first: int, last: int):
 
 
 def still(images: Dataset, dataset: str, size: int, workers: int) -> DataLoader:
-    """This process's share of all images, each once, cropped at the centre."""
-    keys, crop = [(0, i) for i in range(RANK, len(images), WORLD)], nn.Identity()  # CIFAR: of the right size
+    """This process's share of all images, each once; photographs are cropped at the centre."""
+    keys, crop = [(0, i) for i in range(RANK, len(images), WORLD)], v2.Resize(size)
     if dataset == "folder":
         crop = v2.Compose([v2.Resize(size * 8 // 7), v2.CenterCrop(size)])
     return read(Views(images, [crop]), workers, batch_size=128, sampler=keys)
@@ -449,7 +448,7 @@ def read(images: Dataset, workers: int, **sampling) -> DataLoader:
     return DataLoader(images, pin_memory=torch.cuda.is_available(), **options, **sampling)
 
 
-# --- Augmentation: colour, batched on the training device, image by image as torchvision does it ----------
+# --- Augmentation: colour, on the training device; of each image what torchvision does, in one order a batch
 
 
 def gray(x: Tensor) -> Tensor:
@@ -514,7 +513,7 @@ def augmented(views: list[Tensor], args: argparse.Namespace, step: int, device: 
 
 
 def send(x: Tensor, device: torch.device) -> Tensor:  # without waiting for the device
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+    return x.pin_memory().to(device, non_blocking=True) if device.type != "cpu" else x
 
 
 def normalize(x: Tensor, dataset: str) -> Tensor:
@@ -587,6 +586,8 @@ def collect(rows: Tensor) -> Tensor:
 def encode(backbone: nn.Module, loader: DataLoader, dataset: str, device: torch.device, dtype: torch.dtype):
     """Features (n, width) in eval mode, of the type in which they are computed, and labels (n,)."""
     backbone.eval()
+    for buffer in backbone.buffers() if WORLD > 1 else ():
+        dist.broadcast(buffer, 0)  # where BN is each process's own, the first one's statistics count
     x, y = [], []
     for (images,), labels in loader:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -610,14 +611,13 @@ def knn_top1(bank: Tensor, labels: Tensor, queries: Tensor, expected: Tensor, k:
             votes.append(own[index].T)
         distance, votes = collect(torch.cat(distance)), collect(torch.cat(votes))  # (k of every part, b)
         distance, best = distance.topk(min(k, len(distance)), dim=0, largest=False)  # (k, b)
-        weight = distance * 0 + 1 if temperature is None else ((1 - distance**2 / 2) / temperature).exp()
+        weight = (
+            torch.ones_like(distance) if temperature is None else ((1 - distance**2 / 2) / temperature).exp()
+        )
         score = weight.new_zeros(classes, len(q))
         score.scatter_add_(0, votes.gather(0, best), weight)
         right += (score.argmax(0) == y).sum().item()
     return 100 * right / len(queries)
-
-
-# ------------------------------------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None):
@@ -662,14 +662,15 @@ def main(argv: list[str] | None = None):
 
     # say what the run is
     log = Log(folder, config, step) if RANK == 0 else lambda **numbers: None
-    peak = learning_rate(round(args.warmup_epochs * steps), steps, args)
     say(f"{args.epochs} epochs of {steps} steps, from {step}, by {WORLD} {device.type}, {dtype}; {folder}")
-    say(f"learning rate {peak:.3g}, times 0.2 at epochs {[m * args.epochs for m in args.milestones or []]}")
+    peak = learning_rate(round(args.warmup_epochs * steps), steps, args)
+    drops = [f"a fifth from epoch {m * args.epochs:g} on" for m in args.milestones or []]
+    say(f"learning rate {peak:.3g}, then {', '.join(drops) or 'a cosine'}")
 
     # images to look at without augmentation; if they have labels, the first of them vote on the others
     labelled = val is not None and len(train.classes) > 1
-    spread = lambda images, n: Subset(images, range(0, len(images), max(1, len(images) // n)))
-    voters, asked = spread(train, args.knn_images) if labelled else [], spread(val or train, 10_000)
+    some = lambda images, n: Subset(images, torch.randperm(len(images), generator=rng("some"))[:n].tolist())
+    voters, asked = some(train, args.knn_images) if labelled else [], some(val or train, 10_000)
     held_out = still(ConcatDataset([voters, asked]), args.dataset, args.view_sizes[0], args.workers)
     mine = len(range(RANK, len(voters), WORLD))  # of the voters
 
@@ -701,8 +702,7 @@ def main(argv: list[str] | None = None):
         views = augmented(views, args, step, device)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, args)
-        if args.loss == "cwrgp":  # draws partitions
-            torch.manual_seed(rng(args.seed, "loss", step).initial_seed())
+        torch.manual_seed(rng(args.seed, "loss", step).initial_seed())  # CW-RGP draws partitions
 
         # forward: with a teacher, view 0 is embedded by it alone
         anchor = ()
@@ -734,10 +734,10 @@ def main(argv: list[str] | None = None):
             seconds = time.time() - logged_at
             speed = (step - logged) * args.batch_size / seconds
             numbers |= {"lr": group["lr"], "images_per_second": speed, "waiting": waited / seconds}
-            numbers["hours_left"] = (total - step) * args.batch_size / speed / 3600
-            log(epoch=step / steps, step=step, **numbers)
+            hours = (total - step) * args.batch_size / speed / 3600
+            log(epoch=step / steps, step=step, **numbers, hours_left=hours)
             if measures:
-                evaluate(z[-1].detach())
+                evaluate(z[0].detach())
 
             # save, now that the loss is known to be finite
             if RANK == 0 and (time.time() - saved_at > 60 * args.save_minutes or step == last):
