@@ -71,32 +71,32 @@ FREE = "data", "output", "max_steps", "evaluations", "workers", "log_every", "sa
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    common_flags(parser)
+    count, amount, share = common_flags(parser)
     backbone_flags(parser)
     # fmt: off
     add = parser.add_argument
     add("--recipe", default="shapes", choices=RECIPES, help="published: coco-2x; coco-1x: half of it")
     add("--data", type=Path, help="folder in COCO's layout (default: shapes, drawn into --output)")
-    add("--evaluations", type=int, default=2, help="how often in the schedule AP is measured")
-    add("--max-steps", type=int, help="stop after this many steps of the schedule")
+    add("--evaluations", type=count, default=2, help="how often in the schedule AP is measured")
+    add("--max-steps", type=count, help="stop after this many steps of the schedule")
     # R50-C4 with an extra norm, as MoCo's and INTL's configurations for detectron2 have it.
     add = parser.add_argument_group("what defines the run; a recipe gives the defaults").add_argument
     add("--model", default="c4", choices=["c4", "fpn"])
     add("--norm", default="syncbn", choices=["syncbn", "bn", "frozen"], help="syncbn: over all GPUs")
-    add("--images", type=int, default=2_880_000, help="length of the schedule, in images seen")
-    add("--batch-size", type=int, default=16, help="GLOBAL, over all processes")
-    add("--base-lr", type=float, default=0.02, help="learning rate per 16 images of the global batch")
-    add("--milestones", type=float, nargs="*", default=[2 / 3, 8 / 9], help="of the schedule: rate over 10")
-    add("--warmup-images", type=int, default=16_000, help="linear, from a thousandth")
-    add("--weight-decay", type=float, default=1e-4, help="of weights and biases; BN's are spared")
-    add("--short-sides", type=int, nargs="+", default=[640, 672, 704, 736, 768, 800], help="one by chance")
-    add("--test-short-side", type=int, default=800, help="short side in the evaluation")
-    add("--long-side", type=int, default=1333, help="limit of the long side")
-    add("--anchors", type=int, nargs="+", default=[32, 64, 128, 256, 512], help="ratios 1:2, 1:1, 2:1")
-    add("--train-proposals", type=int, nargs=2, default=[12_000, 2000], help="before and after NMS")
-    add("--test-proposals", type=int, nargs=2, default=[6000, 1000], help="fpn, published: 1000 1000")
-    add("--rois", type=int, default=512, help="regions of an image that train the heads")
-    add("--detections", type=int, default=100, help="of an image, at most")
+    add("--images", type=count, default=2_880_000, help="length of the schedule, in images seen")
+    add("--batch-size", type=count, default=16, help="GLOBAL, over all processes")
+    add("--base-lr", type=amount, default=0.02, help="learning rate per 16 images of the global batch")
+    add("--milestones", type=share, nargs="*", default=[2 / 3, 8 / 9], help="of the schedule: rate over 10")
+    add("--warmup-images", type=count, default=16_000, help="linear, from a thousandth")
+    add("--weight-decay", type=amount, default=1e-4, help="of weights and biases; BN's are spared")
+    add("--short-sides", type=count, nargs="+", default=[640, 672, 704, 736, 768, 800], help="one by chance")
+    add("--test-short-side", type=count, default=800, help="short side in the evaluation")
+    add("--long-side", type=count, default=1333, help="limit of the long side")
+    add("--anchors", type=count, nargs="+", default=[32, 64, 128, 256, 512], help="ratios 1:2, 1:1, 2:1")
+    add("--train-proposals", type=count, nargs=2, default=[12_000, 2000], help="before and after NMS")
+    add("--test-proposals", type=count, nargs=2, default=[6000, 1000], help="fpn, published: 1000 1000")
+    add("--rois", type=count, default=512, help="regions of an image that train the heads")
+    add("--detections", type=count, default=100, help="of an image, at most")
     # fmt: on
     parser.set_defaults(**RECIPES[parser.parse_known_args(argv)[0].recipe])
     args = parser.parse_args(argv)
@@ -167,6 +167,7 @@ class CocoImages(torch.utils.data.Dataset):
                     annotation.setdefault("iscrowd", 0)
                     annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
                 coco.createIndex()
+                assert all(a["category_id"] in coco.cats for a in coco.anns.values()), "unknown category_id"
             images = [(x, [a for a in coco.imgToAnns[i] if usable(a, x)]) for i, x in coco.imgs.items()]
             self.images = Shared(entry for entry in images if entry[1] or not training)
         except (KeyError, TypeError, ValueError, AssertionError) as error:
@@ -404,8 +405,10 @@ def main(argv: list[str] | None = None):
         if WORLD > 1:
             dist.barrier()
     train, val = (CocoImages(args.data, split, split == "train", args.seed) for split in ("train", "val"))
-    if len(train) < args.batch_size or args.batch_size % WORLD:
-        sys.exit(f"--batch-size {args.batch_size} exceeds {len(train)} images, or is no multiple of {WORLD}")
+    if min(len(train), args.images) < args.batch_size or args.batch_size % WORLD:
+        sys.exit(
+            f"--batch-size {args.batch_size} fits not {len(train)} images, --images or {WORLD} processes"
+        )
     if train.categories != val.categories or train.masks < val.masks:
         sys.exit(f"{args.data}: train and val differ in their categories, or in having masks")
     steps = args.images // args.batch_size

@@ -78,8 +78,8 @@ def read_backbone(args: argparse.Namespace, **options) -> tuple[nn.Module, int, 
         return backbone, width, config
 
     state = next((saved[entry] for entry in ENTRIES if isinstance(saved.get(entry), dict)), saved)
-    prefix = next((p for p in PREFIXES if f"{p}conv1.weight" in state), "")
-    weights = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    prefix = next((p for p in PREFIXES if f"{p}conv1.weight" in state), " ")
+    weights = {k.removeprefix(prefix): v for k, v in state.items() if str(k).startswith(prefix)}
     try:
         missing, dropped = backbone.load_state_dict(weights, strict=False)
     except RuntimeError as error:  # other shapes
@@ -184,8 +184,6 @@ def train_classifier(args, config: dict, path: Path, backbone, width: int, train
     if not frozen:
         rows = labelled_rows(train, args.percent, args.labels_file, args.seed)
     steps = len(rows) // args.batch_size  # of an epoch
-    if not frozen and dtype == torch.float16:
-        sys.exit("--protocol finetune has no GradScaler for float16: take another --precision")
     if not steps or args.batch_size % WORLD:
         sys.exit(f"--batch-size {args.batch_size} is more than {len(rows)} images, or no multiple of {WORLD}")
 
@@ -241,24 +239,24 @@ def backbone_flags(parser: argparse.ArgumentParser):
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    common_flags(parser, precision="float32")
+    count, amount, _ = common_flags(parser, precision="float32")
     backbone_flags(parser)
     add = parser.add_argument
     add("--data", type=Path, help="folder with train/ and val/, or torchvision's CIFAR")
     add("--dataset", choices=MEAN_STD, help="what it holds (default: as the file says, or folder)")
-    add("--size", type=int, help="pixels of an image (default: as the file says; 224, or 32 for small stems)")
+    add("--size", type=count, help="pixels of an image (default: as the file says; 224, small stems 32)")
     add("--protocol", nargs="+", choices=PROTOCOLS, default=["features", "knn"])
-    add("--epochs", type=int, help="default: the protocol's")
-    add("--lr", type=float, nargs="+", help="one classifier each; per 256 images, but of `features`")
-    add("--batch-size", type=int, default=256, help="linear, finetune: GLOBAL, over all processes")
-    add("--weight-decay", type=float, default=0.0, help="linear, finetune")
-    add("--percent", type=float, default=100, help="finetune: labels of each class")
+    add("--epochs", type=count, help="default: the protocol's")
+    add("--lr", type=amount, nargs="+", help="one classifier each; per 256 images, but of `features`")
+    add("--batch-size", type=count, default=256, help="linear, finetune: GLOBAL, over all processes")
+    add("--weight-decay", type=amount, default=0.0, help="linear, finetune")
+    add("--percent", type=amount, default=100, help="finetune: labels of each class")
     add("--labels-file", help="finetune: names of the labelled images, as SimCLR's lists")
-    add("--encoder-lr", type=float, default=0.006, help="finetune: published 0.006; 0.004 after multi-crop")
+    add("--encoder-lr", type=amount, default=0.006, help="finetune: published 0.006; 0.004 after multi-crop")
     add("--schedule", choices=["constant", "cosine"], default="constant", help="finetune: of the rates")
     args = parser.parse_args(argv)
-    if "finetune" in args.protocol and args.lr and len(args.lr) > 1:
-        parser.error("--protocol finetune trains one classifier: give one --lr")
+    if "finetune" in args.protocol and (len(args.lr or []) > 1 or args.precision == "float16"):
+        parser.error("--protocol finetune takes one --lr, and no --precision float16")
     if not args.checkpoint and not (args.random and args.arch):
         args.checkpoint = Path("runs/shapes/checkpoint.pt")
     return args
@@ -291,6 +289,7 @@ def main(argv: list[str] | None = None):
         began, (epochs, rates) = time.time(), PROTOCOLS[protocol]
         config = dict(protocol=protocol, epochs=args.epochs or epochs, rates=args.lr or rates)
         config |= dict(checkpoint=str(args.checkpoint), random=args.random, precision=args.precision)
+        config |= dict(weights=float(f"{sum(v.double().abs().sum() for v in before):.6g}"))  # a checksum
         config |= dict(arch=trained["arch"], stem=trained["stem"], dataset=dataset, size=size, seed=args.seed)
 
         # top-1, or top-1 and top-5, by name
@@ -320,7 +319,8 @@ def main(argv: list[str] | None = None):
             line |= {"date": time.strftime("%F %T"), "seconds": round(time.time() - began, 1)}
             with open(folder / "results.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
-            (folder / f"{protocol}.pt").unlink(missing_ok=True)
+            if protocol in ("linear", "finetune"):  # what a stopped run would go on from
+                (folder / f"{protocol}.pt").unlink(missing_ok=True)
     if WORLD > 1:
         dist.destroy_process_group()
 

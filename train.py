@@ -116,7 +116,7 @@ def within(low: float, high: float = math.inf, kind: type = float):
 
 
 def common_flags(parser: argparse.ArgumentParser, precision: str | None = None):
-    """Of all three scripts."""
+    """Of all three scripts; returns the types of a count, an amount and a share."""
     add, cores = parser.add_argument, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     add("--output", type=Path, help="folder of the run (default: runs/..., or beside the checkpoint)")
     add("--seed", type=within(0, kind=int), default=0, help="of weights, order, augmentation")
@@ -126,13 +126,13 @@ def common_flags(parser: argparse.ArgumentParser, precision: str | None = None):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     if precision:
         add("--precision", default=precision, choices=["auto", "bfloat16", "float16", "float32"])
+    return within(1, kind=int), within(0), within(0, 1)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    common_flags(parser, precision="auto")
+    count, amount, share = common_flags(parser, precision="auto")
     # fmt: off
-    count, amount, share = within(1, kind=int), within(0), within(0, 1)
     add, boolean = parser.add_argument, argparse.BooleanOptionalAction
     add("--recipe", default="shapes", choices=RECIPES, help="published settings (default: shapes)")
     add("--data", type=Path, help="folder with train/ and val/, or any tree of images; shapes needs none")
@@ -153,7 +153,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--optimizer", default="sgd", choices=["sgd", "adam"], help="sgd: momentum 0.9")
     add("--base-lr", type=amount, default=0.3, help="learning rate; sgd: per 256 images of the global batch")
     add("--warmup-epochs", type=amount, default=2, help="linear")
-    add("--milestones", type=share, nargs="*", help="no cosine: times 0.2 at these fractions of the schedule")
+    add("--milestones", type=share, nargs="+", help="no cosine: times 0.2 at these fractions of the schedule")
     add("--weight-decay", type=amount, default=1e-4)
     add("--decay-all", action=boolean, default=True, help="weight decay on biases and BN parameters too")
     add("--loss", default="intl", choices=LOSSES, help="iternorm: INTL, beta 0; none: alignment alone")
@@ -251,7 +251,7 @@ def resume(path: Path, config: dict) -> dict | None:
     if not path.exists():
         return None
     saved = load(path)
-    there = saved.get("config", {})
+    there = saved.get("config", {}) if isinstance(saved, dict) else {}
     other = [f"{k} {there.get(k)} there, {v} here" for k, v in config.items() if there.get(k) != v]
     if other:
         sys.exit(f"{path} is of another run ({'; '.join(other)}): choose another --output, or delete it")
@@ -332,7 +332,7 @@ def load_data(dataset: str, root: Path | None, seed: int) -> tuple[Dataset, Data
     """Training and validation images; both have `targets` (n,) and `classes`."""
     if dataset == "shapes":
         if root:
-            sys.exit("--dataset shapes draws its own images: for those of --data give another --recipe")
+            sys.exit("--dataset shapes draws its own images: for --data give another --recipe or --dataset")
         return draw_shapes(seed, 0, 6000), draw_shapes(seed, 10**6, 1000)
     if root is None or dataset == "folder" and not root.is_dir():
         sys.exit(f"--dataset {dataset} needs --data FOLDER, and {root} is none")
@@ -566,7 +566,7 @@ def learning_rate(step: int, steps: int, args: argparse.Namespace) -> float:
         return peak * (step + 1) / warmup
     if args.milestones is not None:
         return peak * 0.2 ** sum(step >= m * total for m in args.milestones)
-    cosine = (1 + math.cos(math.pi * (step + 1 - warmup) / (total - warmup))) / 2
+    cosine = (1 + math.cos(math.pi * (step + 1 - warmup) / max(1, total - warmup))) / 2
     return peak * (0.001 + 0.999 * cosine)
 
 
@@ -600,7 +600,7 @@ def encode(backbone: nn.Module, loader: DataLoader, dataset: str, device: torch.
 def knn_top1(bank: Tensor, labels: Tensor, queries: Tensor, expected: Tensor, k: int, temperature=None):
     """Percent of the queries (q, d) whose k nearest rows of the bank (n, d) vote for the expected label: a
     vote each, or exp(cosine / temperature) for unit rows. Bank and queries are this process's part of all.
-    Memory beyond theirs: 2^16 rows of the bank in float32, and their distances to 256 queries."""
+    Memory beyond theirs: 2^17 rows in float32 (1 GiB if d = 2048), and distances of half of them to 256."""
     queries, expected, right = collect(queries), collect(expected), 0
     classes = 1 + int(collect(torch.stack([labels.max(), expected.max()])).max())
     for q, y in zip(queries.split(256), expected.split(256)):
