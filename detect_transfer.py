@@ -406,9 +406,7 @@ def main(argv: list[str] | None = None):
             dist.barrier()
     train, val = (CocoImages(args.data, split, split == "train", args.seed) for split in ("train", "val"))
     if min(len(train), args.images) < args.batch_size or args.batch_size % WORLD:
-        sys.exit(
-            f"--batch-size {args.batch_size} fits not {len(train)} images, --images or {WORLD} processes"
-        )
+        sys.exit(f"--batch-size {args.batch_size} does not fit {len(train)} images, {WORLD} processes")
     if train.categories != val.categories or train.masks < val.masks:
         sys.exit(f"{args.data}: train and val differ in their categories, or in having masks")
     steps = args.images // args.batch_size
