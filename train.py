@@ -3,7 +3,6 @@
     torchrun train.py                                                      # shapes: no data, 3 minutes
     torchrun train.py --recipe cifar10 --data data/cifar10                 # downloads CIFAR-10 there
     torchrun --nproc_per_node 8 train.py --recipe imagenet --data /data/imagenet
-    torchrun --nproc_per_node 8 train.py --recipe imagenet --data /photos  # any tree of images
     torchrun train.py --recipe cwrgp-cifar10 --data data/cifar10           # its kin, by its own recipe
 
 A recipe gives the flags' defaults. The same command goes on from the last checkpoint. Output: runs/<recipe>/.
@@ -204,7 +203,8 @@ def start(name: str, precision: str) -> tuple[torch.device, torch.dtype]:
         best = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
-    torch.set_float32_matmul_precision("highest")  # float32 convolutions on GPUs are TF32, as torch has it
+        say("cudnn.benchmark; float32: products exact, convolutions in TF32, as torch has it")
+    torch.set_float32_matmul_precision("highest")
     if WORLD > 1:
         # Each of torchrun's restarts under a name of its own: a shared store keeps the addresses of the dead.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
