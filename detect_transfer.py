@@ -102,8 +102,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.recipe != "shapes" and not args.data or args.model == "fpn" and len(args.anchors) != 5:
         parser.error("--recipe coco-* needs --data FOLDER, and --model fpn five --anchors, one a level")
-    if not args.checkpoint and not (args.random and args.arch):
-        args.checkpoint = Path("runs/shapes/checkpoint.pt")
     args.output = args.output or Path(f"runs/detect_{args.recipe}{'_random' * args.random}")
     return args
 

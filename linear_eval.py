@@ -66,9 +66,10 @@ PREFIXES = ("backbone.", "module.backbone.", "module.encoder_q.", "module.base_e
 
 def read_backbone(args: argparse.Namespace, **options) -> tuple[nn.Module, int, dict]:
     """The network that the flags name, the width of its features, and train.py's configuration, if known."""
+    if not args.checkpoint and not (args.random and args.arch):
+        args.checkpoint = Path("runs/shapes/checkpoint.pt")
     with torch.serialization.safe_globals([argparse.Namespace]):  # DINO's files hold their flags
         saved = load(args.checkpoint) if args.checkpoint else {}
-    saved = saved if isinstance(saved, dict) else {}
     config = saved["config"] if isinstance(saved.get("config"), dict) else {}
     arch, stem = args.arch or config.get("arch", "resnet50"), args.stem or config.get("stem", "imagenet")
     config |= {"arch": arch, "stem": stem}
@@ -257,8 +258,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if "finetune" in args.protocol and (len(args.lr or []) > 1 or args.precision == "float16"):
         parser.error("--protocol finetune takes one --lr, and no --precision float16")
-    if not args.checkpoint and not (args.random and args.arch):
-        args.checkpoint = Path("runs/shapes/checkpoint.pt")
     return args
 
 

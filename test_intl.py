@@ -838,8 +838,8 @@ METHODS += [
 @pytest.mark.parametrize("flags", METHODS)
 def test_every_recipe_and_method_takes_a_step(flags, photos, tmp_path, capsys):
     sizes = train.parse(flags.split()).view_sizes if "--recipe" in flags else [16, 16]
-    sizes = f"--view-sizes {'16 ' * len(sizes)} --max-steps 2 --sub-batch 16 {flags}"
-    train.main(tiny(photos, tmp_path, sizes))
+    small = f"--view-sizes {'16 ' * len(sizes)} --max-steps 2 --sub-batch 16"
+    train.main(tiny(photos, tmp_path, f"{small} {flags}"))
     assert "step 2 " in capsys.readouterr().out
     assert all(v.isfinite().all() for v in load(tmp_path / "backbone.pt").values())
 

@@ -241,7 +241,7 @@ def save(state, path: Path):
 def load(path: Path):
     """Tensors and primitives alone: what is more in a file could run code."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # a damaged file raises nearly anything, and no error names the file
         sys.exit(f"{path} cannot be read as a checkpoint: {error}")
 
@@ -251,7 +251,7 @@ def resume(path: Path, config: dict) -> dict | None:
     if not path.exists():
         return None
     saved = load(path)
-    there = saved.get("config", {}) if isinstance(saved, dict) else {}
+    there = saved.get("config", {})
     other = [f"{k} {there.get(k)} there, {v} here" for k, v in config.items() if there.get(k) != v]
     if other:
         sys.exit(f"{path} is of another run ({'; '.join(other)}): choose another --output, or delete it")
@@ -611,9 +611,7 @@ def knn_top1(bank: Tensor, labels: Tensor, queries: Tensor, expected: Tensor, k:
             votes.append(own[index].T)
         distance, votes = collect(torch.cat(distance)), collect(torch.cat(votes))  # (k of every part, b)
         distance, best = distance.topk(min(k, len(distance)), dim=0, largest=False)  # (k, b)
-        weight = (
-            torch.ones_like(distance) if temperature is None else ((1 - distance**2 / 2) / temperature).exp()
-        )
+        weight = ((1 - distance**2 / 2) / (temperature or math.inf)).exp()
         score = weight.new_zeros(classes, len(q))
         score.scatter_add_(0, votes.gather(0, best), weight)
         right += (score.argmax(0) == y).sum().item()
@@ -702,7 +700,8 @@ def main(argv: list[str] | None = None):
         views = augmented(views, args, step, device)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, args)
-        torch.manual_seed(rng(args.seed, "loss", step).initial_seed())  # CW-RGP draws partitions
+        if args.loss == "cwrgp":  # draws partitions
+            torch.manual_seed(rng(args.seed, "loss", step).initial_seed())
 
         # forward: with a teacher, view 0 is embedded by it alone
         anchor = ()
