@@ -3,17 +3,9 @@
     INTLLoss()([z1, z2]).backward()    # two views (m, d), in one process or under DistributedDataParallel
     python intl.py [--plot FILE]       # the paper's point as a table, and a picture, on a CPU in under 30 s
 
-INTL: "Modulate Your Spectrum in Self-Supervised Learning", Weng et al., ICLR 2024, arXiv 2305.16789.
-CW-RGP: "An Investigation into Whitening Loss for Self-supervised Learning", Weng et al., NeurIPS 2022,
-arXiv 2210.03586. OR: "Preventing Dimensional Collapse in Self-Supervised Learning via Orthogonality
-Regularization", He et al., NeurIPS 2024, arXiv 2411.00392. SPDX-License-Identifier: MIT.
-Names in [brackets] are the tests in test_intl.py that hold a claim.
-
-What differs from the papers and the official code:
-- The paper describes batch whitening, all official scripts run channel whitening (`axis=0`). Here either.
-- The code iterates P <- 1.5 P - 0.5 P^3 N, which explodes in float32 from T = 12 on. Here: section 3.
-- The code whitens under autocast, and a constant batch gives NaN. Here float32, and finite values.
-- The code forms the Gram matrix of the chosen axis. Here the smaller one, or no output at all (section 6).
+INTL: "Modulate Your Spectrum in Self-Supervised Learning", Weng et al., ICLR 2024, arXiv 2305.16789. CW-RGP:
+Weng et al., NeurIPS 2022, arXiv 2210.03586. OR: He et al., NeurIPS 2024, arXiv 2411.00392.
+Names in [brackets] are tests in test_intl.py that hold a claim. SPDX-License-Identifier: MIT.
 """
 
 import argparse
@@ -131,11 +123,10 @@ class _MatrixFunction(torch.autograd.Function):
 
 
 def spectral_transform(z: Tensor, g: Callable[[Tensor], Tensor], *, axis: str = "channel") -> Tensor:
-    """The exact spectral transformation by g of z, (m, d) or (V, m, d); same shape.
-
-    g maps eigenvalues (..., n), n = min(m, d), to scales of that shape by torch operations. Where it is
-    infinite, as l^(-p) at zero, the output stays zero. Computed in float64, since small eigenvalues of a Gram
-    matrix lose twice the digits; differentiable once. ValueError: wrong shape or axis."""
+    """The exact spectral transformation by g of z, (m, d) or (V, m, d); same shape. g maps eigenvalues
+    (..., n), n = min(m, d), to as many scales; where it is infinite, as l^(-p) at zero, the output is zero.
+    In float64, since small eigenvalues of a Gram matrix lose twice the digits; differentiable once.
+    ValueError: wrong shape or axis."""
     _check_settings(axis)
     z = _checked(z)
     with torch.autocast(z.device.type, enabled=False):
@@ -164,9 +155,8 @@ def whiten(z: Tensor, *, axis: str = "channel") -> Tensor:
 #     h_0 = x,   h_{k+1} = phi(h_k),   phi(h) = h (3 - h)^2 / 4.
 #
 # On [0, 1] phi' = 3 (1 - h)(3 - h) / 4 >= 0 and phi'' = (6 h - 12) / 4 < 0, and phi fixes 0 and 1. A
-# composition of increasing concave maps is increasing and concave: h_T is increasing, strictly concave for T
-# >= 1, stays in [0, 1], tends to 1 for every x > 0, and is below 1 for every finite T and x < 1.
-# [test_newton_map_is_increasing_and_concave]
+# composition of such maps is one: h_T is increasing, strictly concave for T >= 1, stays in [0, 1], tends to 1
+# for every x > 0, and is below 1 for all finite T and x < 1. [test_newton_map_is_increasing_and_concave]
 
 
 def newton_map(x, iterations: int):
@@ -179,8 +169,8 @@ def newton_map(x, iterations: int):
 def _newton(S: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
     """Of covariances S (V, n, n): P_T / sqrt(tr S), and the diagonal (V, n) of cov(z_hat) = P_T N P_T, by the
     coupled form: A_k = P_k^2 N has the eigenvalues h_k(x), and with B_k = (3I - A_k) / 2, P_{k+1} = P_k B_k
-    and A_{k+1} = A_k B_k^2. (Written with P^3 N, P and N stop commuting and rounding errors explode.)
-    [test_iter_norm_is_stable, test_the_uncoupled_form_explodes]"""
+    and A_{k+1} = A_k B_k^2. [test_iter_norm_is_stable] (Written with P^3 N, as in the official code, P and N
+    stop commuting, and rounding errors explode from T = 12 on. [test_the_uncoupled_form_explodes])"""
     trace = S.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]  # (V, 1, 1)
     trace = trace + (trace == 0)  # a constant batch has nothing to normalise
     I = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)  # (n, n)
@@ -194,9 +184,8 @@ def _newton(S: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
 
 
 def iter_norm(z: Tensor, *, iterations: int = 4, axis: str = "channel") -> Tensor:
-    """IterNorm of z, (m, d) or (V, m, d); same shape, float32 or float64: the readable definition, to which
-    the tests hold INTLLoss's shorter way. cov(z_hat) has the eigenvectors of cov(z) and the eigenvalues
-    newton_map(l / sum l, iterations). ValueError: wrong shape, axis or number of iterations."""
+    """IterNorm of z, (m, d) or (V, m, d); same shape, float32 or float64: the definition, to which the tests
+    hold INTLLoss's shorter way. ValueError: wrong shape, axis or number of iterations."""
     _check_settings(axis, iterations)
     zc, divisor = _centre(_checked(z, iterations).reshape(-1, *z.shape[-2:]), axis)  # (V, m, d)
     with torch.autocast(z.device.type, enabled=False):
@@ -205,17 +194,23 @@ def iter_norm(z: Tensor, *, iterations: int = 4, axis: str = "channel") -> Tenso
 
 
 # --- 4. Trace loss: what IterNorm lacks ---------------------------------------------------------------------
-# With h_T < 1 an alignment loss may let the spectrum decay: IterNorm alone does not prevent collapse. This
-# does:
+# With h_T < 1 alignment may let the spectrum decay: IterNorm alone does not prevent collapse. This does:
 #
 #     L_trace(z_hat) = sum_j (1 - cov(z_hat)_jj)^2.
 #
 # It pulls the variance of every output coordinate to one. Why that equalises the spectrum: the trace of
 # cov(z_hat) is sum_i h_T(x_i) with sum_i x_i = 1, and a symmetric sum of a strictly concave function has its
-# only maximum at equal x_i = 1/r. As every h_T is below 1, more trace is less loss; by Jensen, for n
-# coordinates of rank r, L_trace >= n (1 - (r/n) h_T(1/r))^2, with equality at r equal eigenvalues and n equal
-# variances. That is far from 0: 209.6 for n = r = 256 and T = 4, so a raw INTL loss near 21 is normal.
-# [test_trace_loss_is_least_at_equal_eigenvalues]
+# only maximum at equal x_i = 1/r. More trace is less loss, as h_T < 1; so by Jensen, n coordinates of rank r
+# have L_trace >= L_r = n (1 - (r/n) h_T(1/r))^2, with equality at r equal eigenvalues and n equal variances.
+# 209.6 for n = r = 256 and T = 4: a loss near 21 is normal. [test_trace_loss_is_least_at_equal_eigenvalues]
+#
+# L_r falls as r grows. So in INTL's loss (section 6) two views of rank r, not n, pay at least the price
+#
+#     p(r) = 2 beta (L_r - L_n),   with a teacher, whose view has no trace loss, half of it.
+#
+# What they gain by it is alignment: never below 0, and 2 between unrelated views. Where p(r) >= 2, no views
+# of rank r have less loss than an equal spectrum, however badly that aligns. [test_no_rank_is_worth_2] The
+# published beta has p(1) = 4.4 for n = 256 and T = 4; but 0.9 for n = 32, 0.8 for T = 2, and these collapse.
 
 
 def trace_loss(z_hat: Tensor, *, axis: str = "channel") -> Tensor:
@@ -224,10 +219,24 @@ def trace_loss(z_hat: Tensor, *, axis: str = "channel") -> Tensor:
     return (1 - _checked(z_hat).var(-1 if axis == "channel" else -2)).square().sum(-1)
 
 
-def trace_floor(n: int, iterations: int, rank: int | None = None) -> float:
-    """The least trace loss that IterNorm reaches with n coordinates of at most `rank` (None: n)."""
-    rank = n if rank is None else rank
+def trace_floor(n: int, iterations: int, rank: float | None = None) -> float:
+    """L_rank, the least trace loss that IterNorm reaches with n coordinates of at most `rank` (None: n)."""
+    rank = rank or n
     return n * (1 - rank / n * newton_map(1 / rank, iterations)) ** 2
+
+
+def rank_price(rank: float, n: int, iterations: int, beta: float, *, full=None, teacher=False) -> float:
+    """p(rank): what n coordinates of rank `rank` pay in the loss beside those of rank `full` (None: n)."""
+    return (2 - teacher) * beta * (trace_floor(n, iterations, rank) - trace_floor(n, iterations, full))
+
+
+def balanced_beta(n: int, iterations: int, *, full=None) -> float:
+    """The least beta at which lost rank costs what it can gain: p(1) >= 2, and p(R / 4) >= 4 / log2 R, the
+    part of two of the log2 R halvings of the full rank R (None: n), if all gain alike. The latter is no
+    theorem: it separates the runs that are in evidence/README.md, "Small batches"."""
+    R = full or n
+    gains = {r: 2 * math.log(R / r) / math.log(R) for r in (1, max(1, R / 4))}
+    return max(gain / rank_price(r, n, iterations, 1, full=full) for r, gain in gains.items())
 
 
 # --- 5. Many processes: statistics of the global batch, and a backward pass without communication -----------
@@ -274,13 +283,13 @@ def _all_views(views: Sequence[Tensor] | Tensor, teacher: Tensor | None, iterati
 #     L = mean_{i>0} [ 2 - 2 mean_rows cos(z_hat_i, z_hat_0) + beta (L_trace(z_hat_i) + L_trace(z_hat_0)) ]
 #     L = mean_{i>0} [ 2 - 2 mean_rows cos(z_hat_i, sg z_hat_0) + beta L_trace(z_hat_i) ]
 #
-# beta = 0.01 (log2 n - 3); n = m, the GLOBAL batch, on the channel axis, n = d on the batch axis (n > 8).
+# Published: beta = 0.01 (log2 n - 3), n = m, the GLOBAL batch, on the channel axis, d on the batch axis.
 #
 # All that this asks of z_hat are variances, and cosines of rows. On the channel axis Gram matrices hold both,
 # and no z_hat is formed: with G_v = zc_v zc_v^T / (d-1), C_v = zc_v zc_0^T / (d-1) and P_v from G_v, the
-# diagonal of cov(z_hat_v) = P_v G_v P_v holds the variances of the rows, which are their squared norms /
-# (d-1); their inner products / (d-1) are diag(P_v C_v P_0). Beyond G and C all is m x m: for two views 7
-# products of 2 m m d operations, where autograd through z_hat takes 12. [test_loss_equals_its_definition]
+# diagonal of cov(z_hat_v) = P_v G_v P_v holds the variances of the rows, their squared norms / (d-1); their
+# inner products / (d-1) are diag(P_v C_v P_0). For two views that is 7 products of 2 m m d operations, where
+# autograd through z_hat takes 12. [test_loss_equals_its_definition]
 
 
 def _statistics(z: Sequence[Tensor], iterations: int, axis: str) -> tuple[Tensor, Tensor]:
@@ -304,27 +313,32 @@ class INTLLoss(nn.Module):
     """IterNorm with trace loss. Call with views, V tensors (m, d) or one (V, m, d), m being this process's
     share of the batch, and optionally a teacher's view 0 (m, d), which gets no gradient; returns a scalar.
 
-    iterations: Newton steps T. axis: section 1. beta: weight of the trace loss; None: the rule above, 0:
-    IterNorm alone. ValueError: wrong axis or iterations; in the call, wrong or different shapes of views.
-
-    The scalar is float32, or float64 for views in float64 or more than 10 iterations. Call backward outside
-    autocast, as torch advises. [test_half_precision_and_autocast_change_nothing]
+    iterations: Newton steps T. axis: section 1. beta: weight of the trace loss; None: as published above,
+    "balanced": by balanced_beta, 0: IterNorm alone. ValueError: a wrong setting; in the call, wrong or
+    different shapes of views. Call backward outside autocast, as torch advises. The scalar is float32, or
+    float64 for views in float64 or more than 10 steps. [test_half_precision_and_autocast_change_nothing]
 
     After a call `parts` holds, detached and still on the device, `alignment` (mean 2 - 2 cos, in [0, 4]),
     `trace` (mean over the views that receive gradient) and `score` (their mean variance over its maximum: 1
-    for an equal spectrum of full rank); as floats `floor`, the least trace loss, and `least` score."""
+    for an equal spectrum of full rank); as floats `floor`, the least trace loss, and `price`, p(R / 4)."""
 
-    def __init__(self, *, iterations: int = 4, axis: str = "channel", beta: float | None = None):
+    def __init__(self, *, iterations: int = 4, axis: str = "channel", beta: float | str | None = None):
         super().__init__()
         _check_settings(axis, iterations)
+        if isinstance(beta, str) and beta != "balanced":
+            raise ValueError(f'beta must be a number, None or "balanced", got {beta!r}')
         self.iterations, self.axis, self.beta = iterations, axis, beta
-        self.parts: dict[str, Tensor | float] = {}
+
+    def weigh(self, m: int, d: int, teacher: bool = False) -> tuple[int, int, float, float]:
+        """Of a global batch (m, d): n coordinates, their full rank R, beta, and p(R / 4)."""
+        n, R = (m, min(m, d - 1)) if self.axis == "channel" else (d, min(m - 1, d))
+        beta = 0.01 * (math.log2(n) - 3) if self.beta is None else self.beta
+        beta = balanced_beta(n, self.iterations, full=R) if beta == "balanced" else beta
+        return n, R, beta, rank_price(max(1, R / 4), n, self.iterations, beta, full=R, teacher=teacher)
 
     def forward(self, views: Sequence[Tensor] | Tensor, teacher: Tensor | None = None) -> Tensor:
         z = _all_views(views, teacher, self.iterations)  # V times (m, d), global m
-        m, d = z[0].shape
-        n, rank = (m, min(m, d - 1)) if self.axis == "channel" else (d, min(m - 1, d))
-        beta = 0.01 * (math.log2(n) - 3) if self.beta is None else self.beta
+        n, R, beta, price = self.weigh(*z[0].shape, teacher is not None)
 
         with torch.autocast(z[0].device.type, enabled=False):
             variance, cosine = _statistics(z, self.iterations, self.axis)  # (V, n), (V-1, m)
@@ -333,14 +347,10 @@ class INTLLoss(nn.Module):
             loss = alignment + beta * (trace[1:].mean() + (trace[0] if teacher is None else 0))
 
         trained = slice(0 if teacher is None else 1, None)
-        most = rank * newton_map(1 / rank, self.iterations)  # sum of the variances at equal eigenvalues
-        self.parts = {
-            "alignment": alignment.detach(),
-            "trace": trace[trained].detach().mean(),
-            "floor": trace_floor(n, self.iterations, rank),
-            "score": variance[trained].detach().mean() * n / most,
-            "least": 1 / most,
-        }
+        most = R * newton_map(1 / R, self.iterations)  # sum of the variances at equal eigenvalues
+        self.parts = {"alignment": alignment.detach(), "trace": trace[trained].detach().mean()}
+        self.parts |= {"floor": trace_floor(n, self.iterations, R), "price": price}
+        self.parts["score"] = variance[trained].detach().sum(-1).mean() / most
         return undo_ddp_average(loss)
 
 
@@ -355,7 +365,6 @@ class SpectralLoss(nn.Module):
         super().__init__()
         _check_settings(axis)
         self.p, self.axis = p, axis
-        self.parts: dict[str, Tensor] = {}
 
     def forward(self, views: Sequence[Tensor] | Tensor, teacher: Tensor | None = None) -> Tensor:
         z = torch.stack(_all_views(views, teacher))  # (V, m, d), as z_hat
@@ -375,8 +384,6 @@ def group_whiten(z: Tensor, groups: int, permutation: Tensor | None = None) -> T
     if groups < 1 or d % groups or d // groups <= m:
         raise ValueError(f"groups must divide d into parts larger than m, got {(m, d)} and groups = {groups}")
     order = torch.arange(d, device=z.device) if permutation is None else permutation.to(z.device)
-    if order.shape not in ((d,), (*z.shape[:-2], d)):
-        raise ValueError(f"a permutation of {tuple(z.shape)} must end in ({d},), got {tuple(order.shape)}")
 
     with torch.autocast(z.device.type, enabled=False):
         zc, _ = _centre(z.double(), "channel")  # (..., m, d)
@@ -392,14 +399,13 @@ class CWRGPLoss(nn.Module):
     """CW-RGP: mean over all pairs of views of 2 - 2 cos between rows whitened by `group_whiten`. Call with
     views as for INTLLoss; returns a scalar.
 
-    sub_batch: samples of the global batch, chosen at random, that are whitened together (None: all), those of
-    each view by a permutation of their own. repeats: how often both are drawn in a step, to be averaged (the
-    release's w_iter). Published: 64, 4 groups for d = 512. ValueError: sub_batch; and as group_whiten."""
+    sub_batch: samples of the global batch, drawn at random, that are whitened together (None: all), in every
+    view by a permutation of its own. repeats: how many such draws a step averages (the release's w_iter).
+    Published: 64, 4 groups for d = 512. ValueError: sub_batch; and as group_whiten."""
 
     def __init__(self, *, groups: int = 4, sub_batch: int | None = None, repeats: int = 1):
         super().__init__()
         self.groups, self.sub_batch, self.repeats = groups, sub_batch, repeats
-        self.parts: dict[str, Tensor] = {}
 
     def forward(self, views: Sequence[Tensor] | Tensor) -> Tensor:
         z = torch.stack(_all_views(views, None))  # (V, m, d), global m
@@ -477,27 +483,22 @@ def condition_number(z: Tensor) -> Tensor:
     """Largest over smallest eigenvalue of cov(z) that is not zero up to rounding; 1 for a constant batch."""
     l = spectrum(z)  # (..., n)
     noise = (max(z.shape[-2:]) * torch.finfo(l.dtype).eps) ** 2 * l[..., :1]  # of singular values, squared
-    least = torch.where(l > noise, l, l[..., :1]).amin(-1)
-    return torch.where(least > 0, l[..., 0] / least, 1)
+    return torch.where(l > noise, l[..., :1] / l, 1).amax(-1)
 
 
 # --- 9. Demonstration ---------------------------------------------------------------------------------------
 
 
-def demonstrate(steps: int = 400, plot: str | None = None) -> dict[str, tuple[float, float]]:
-    """Train a small MLP on two noisy views of 16 latent factors with one loss after another; print what is
-    left of the embedding's spectrum, and return {name: (effective rank of 64, condition number)}."""
-    if plot:
-        import matplotlib.pyplot as plt
-
+def demonstrate(steps: int = 400, plot: str | None = None):
+    """Train a small MLP on two noisy views of 16 latent factors with one loss after another; print, and draw
+    in the file `plot`, what is left of the embedding's spectrum."""
     names = {0.0: "no transformation", 0.2: "power 0.2", 0.4: "power 0.4", 0.5: "whitening", 0.6: "power 0.6"}
     losses = {name: SpectralLoss(p, axis="batch") for p, name in names.items()}
     losses["IterNorm alone, T = 4"] = INTLLoss(axis="batch", beta=0.0)
     losses |= {f"INTL, T = {T}": INTLLoss(axis="batch", iterations=T) for T in (2, 4, 7)}
-    results, mixing = {}, torch.randn(16, 64, generator=torch.Generator().manual_seed(0)) / 4
+    spectra, mixing = {}, torch.randn(16, 64, generator=torch.Generator().manual_seed(0)) / 4
 
-    def views(samples: int) -> Tensor:  # (2, samples, 64)
-        return torch.randn(samples, 16) @ mixing + 0.3 * torch.randn(2, samples, 64)
+    views = lambda samples: torch.randn(samples, 16) @ mixing + 0.3 * torch.randn(2, samples, 64)
 
     print(f"{'transformation':24}{'effective rank of 64':>22}{'condition number':>18}")
     for name, loss in losses.items():
@@ -511,14 +512,15 @@ def demonstrate(steps: int = 400, plot: str | None = None) -> dict[str, tuple[fl
             optimizer.step()
 
         z = network.eval()(views(4096)[0]).detach()  # (4096, 64)
-        results[name] = effective_rank(z).item(), condition_number(z).item()
-        print(f"{name:24}{results[name][0]:22.1f}{results[name][1]:18.3g}", flush=True)
-        if plot:
-            plt.semilogy(spectrum(z) / spectrum(z)[0], label=name)
+        print(f"{name:24}{effective_rank(z):22.1f}{condition_number(z):18.3g}", flush=True)
+        spectra[name] = spectrum(z)  # (64,)
+
     if plot:
+        import matplotlib.pyplot as plt
+
+        plt.semilogy(torch.stack([l / l[0] for l in spectra.values()]).T, label=list(spectra))
         plt.legend(title="eigenvalues over the largest", fontsize="x-small", title_fontsize="x-small")
         plt.savefig(plot)
-    return results
 
 
 if __name__ == "__main__":

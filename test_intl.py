@@ -197,6 +197,36 @@ def test_trace_loss_is_least_at_equal_eigenvalues():
     assert intl.trace_floor(8, 4, rank=2) == pytest.approx(8 * (1 - 2 * newton_map(0.5, 4) / 8) ** 2)
 
 
+@pytest.mark.parametrize("iterations", [2, 4])
+def test_no_rank_is_worth_2(iterations):
+    """Where p(r) = 2, views of rank r that agree have no less loss than unrelated ones of equal spectrum."""
+    n, q = 8, centred_columns(40, 16).T
+    for r in range(1, n):
+        beta = 2 / intl.rank_price(r, n, iterations, beta=1)
+        loss = INTLLoss(iterations=iterations, beta=beta)
+        equal = 2 + 2 * beta * intl.trace_floor(n, iterations)
+        assert loss([q[:n], q[n:]]).item() == pytest.approx(equal)
+        for seed in range(20):
+            z = randn(n, r, seed=seed) * torch.rand(r, generator=generator(seed)) @ q[:r]
+            assert loss([z, z]) > equal - 1e-9 and loss.parts["alignment"] < 1e-9
+        z = q[torch.arange(n) % r]  # r equal eigenvalues and, where r divides n, equal variances
+        assert r not in (1, 2, 4) or loss([z, z]).item() == pytest.approx(equal)
+        assert loss.weigh(n, 40, teacher=True)[3] == loss.weigh(n, 40)[3] / 2
+    for n, T, price in (256, 4, 4.4), (32, 4, 0.9), (256, 2, 0.8):
+        beta = INTLLoss(iterations=T).weigh(n, 999)[2]
+        assert intl.rank_price(1, n, T, beta) == pytest.approx(price, abs=0.05)
+
+
+def test_the_balanced_beta_makes_lost_rank_cost_what_it_can_gain():
+    for n, T, full, r in ((16, 4, 16, 1), (256, 4, 256, 64), (2048, 2, 255, 255 / 4), (3, 4, 3, 1)):
+        floor, beta = functools.partial(intl.trace_floor, n, T), intl.balanced_beta(n, T, full=full)
+        assert beta * (floor(r) - floor(full)) == pytest.approx(math.log(full / r) / math.log(full))
+        assert beta * (floor(1) - floor(full)) > 1 - 1e-9
+    z, loss = randn(2, 64, 16), INTLLoss(axis="batch", beta="balanced")
+    assert loss(z) == INTLLoss(axis="batch", beta=intl.balanced_beta(16, 4))(z)
+    assert loss.parts["price"] == intl.rank_price(4, 16, 4, intl.balanced_beta(16, 4))
+
+
 def definition(z, axis, iterations, beta, teacher=False):
     """METHOD: the loss from iter_norm's output, in a few lines."""
     z_hat = [iter_norm(v, axis=axis, iterations=iterations) for v in z]
@@ -255,7 +285,7 @@ def test_parts_at_an_equal_spectrum_and_at_a_collapse(axis, m, d):
         assert loss.parts["trace"].item() == pytest.approx(loss.parts["floor"])
         assert loss.parts["floor"] == intl.trace_floor(6, 4)
     loss([line, line])
-    assert loss.parts["score"].item() == pytest.approx(loss.parts["least"])
+    assert loss.parts["score"].item() == pytest.approx(1 / 6 / newton_map(1 / 6, 4))
     assert loss.parts["alignment"].item() < 1e-9
 
 
@@ -344,7 +374,7 @@ REFUSED = [
     (lambda: INTLLoss(iterations=0), "from 1 to 40.*0"),
     (lambda: spectral_transform(randn(8, 4), lambda l: l.sum()), r"\(4,\) to as many, got \(\)"),
     (lambda: intl.group_whiten(randn(8, 32), 4), r"larger than m, got \(8, 32\) and groups = 4"),
-    (lambda: intl.group_whiten(randn(8, 32), 2, torch.arange(30)), r"in \(32,\), got \(30,\)"),
+    (lambda: INTLLoss(beta="rule"), "a number, None or .balanced., got 'rule'"),
     (lambda: CWRGPLoss(groups=2, sub_batch=3)(randn(2, 8, 32)), "global batch of 8 rows, got 3"),
     (lambda: intl.orthogonality_penalty(nn.ReLU()), "ReLU has no Conv2d or Linear weight"),
 ]
@@ -651,7 +681,8 @@ def test_steps_equal_an_independent_computation(ema, decay, photos, tmp_path, mo
     monkeypatch.setattr(train, "Network", lambda args: TinyNetwork(args).double())
     monkeypatch.setattr(train, "augmented", lambda crops, args, step, device: views[step])
     monkeypatch.setattr(train, "normalize", lambda x, dataset: x[:, :, :6, :6].double())
-    flags = f"--ema {ema} --view-sizes {'6 6 6 6' if ema else '6 6'} --weight-decay 0.1 --base-lr 0.3 {decay}"
+    flags = f"--ema {ema} --view-sizes {'6 6 6 6' if ema else '6 6'} {decay}"
+    flags += " --weight-decay 0.1 --base-lr 0.3 --beta 0.03"
     torch.manual_seed(0)
     mine = {k: v.clone().requires_grad_() for k, v in TinyNetwork(None).double().state_dict().items()}
     my_teacher = {k: v.detach().clone() for k, v in mine.items()}
@@ -668,7 +699,7 @@ def test_steps_equal_an_independent_computation(ema, decay, photos, tmp_path, mo
             momentum = 1 - 0.1 * 0.5 * (1 + math.cos(math.pi * step / 12))
             my_teacher = {k: momentum * v + (1 - momentum) * mine[k].detach() for k, v in my_teacher.items()}
         z = [embed(mine if i or not ema else my_teacher, v.flatten(1)) for i, v in enumerate(views[step])]
-        losses.append(definition(z, "channel", 4, 0.01 * (math.log2(16) - 3), teacher=bool(ema)))
+        losses.append(definition(z, "channel", 4, 0.03, teacher=bool(ema)))
         for (name, w), g in zip(mine.items(), torch.autograd.grad(losses[-1], list(mine.values()))):
             shrink = 0 if decay == "--no-decay-all" and w.ndim == 1 else 0.1
             velocity[name] = 0.9 * velocity[name] + g + shrink * w.detach()
@@ -716,6 +747,9 @@ def test_recipes_are_the_published_ones():
     for name in {*train.RECIPES} - {"shapes"}:
         args, expected = vars(train.parse(["--recipe", name])), published["common"] | published[name]
         assert {field: args[field] for field in expected} == expected, name
+        if args["loss"] == "intl":  # the published weight of the trace loss stays
+            n, full, beta, _ = INTLLoss().weigh(args["batch_size"], args["out"])
+            assert args["beta"] is None and beta >= intl.balanced_beta(n, 4, full=full), name
 
 
 def test_every_bn_sees_one_view_but_in_a_joint_head():
@@ -790,7 +824,9 @@ def test_a_run_leaves_what_is_promised(finished):
     lines = lines_of(folder / "log.jsonl")
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
     assert [line["epoch"] for line in lines if "knn_top1" in line] == [0, 1, 2, 3, 4]
-    names = "alignment trace floor score lr images_per_second waiting hours_left embedding_rank"
+    assert "beta 0.01 prices lost rank at 0.17, too low; balanced is 0.0747" in printed
+    assert json.loads((folder / "config.json").read_text())["beta"] == "balanced"
+    names = "alignment trace floor score price lr images_per_second waiting hours_left embedding_rank"
     assert all(f"{name} " in printed for name in [*names.split(), "condition_number", "peak memory"])
     assert "command" in lines[0] and "date" in lines[0]
 
@@ -1025,7 +1061,7 @@ def test_documented_python_runs(tmp_path, monkeypatch):
     backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 512))
     names = dict(globals(), backbone=backbone, loader=[torch.randn(2, 16, 3, 2, 2)])
     exec(loop, names)
-    assert {"alignment", "trace", "floor", "score", "least"} == set(names["criterion"].parts)
+    assert {"alignment", "trace", "floor", "score", "price"} == set(names["criterion"].parts)
     Path("runs/imagenet").mkdir(parents=True)
     torch.save(train.build_backbone("resnet50", "imagenet")[0].state_dict(), "runs/imagenet/backbone.pt")
     exec(result.replace("backbone.load", "found = backbone.load"), names)

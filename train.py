@@ -131,7 +131,6 @@ def common_flags(parser: argparse.ArgumentParser, precision: str | None = None):
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     count, amount, share = common_flags(parser, precision="auto")
-    # fmt: off
     add, boolean = parser.add_argument, argparse.BooleanOptionalAction
     add("--recipe", default="shapes", choices=RECIPES, help="published settings (default: shapes)")
     add("--data", type=Path, help="folder with train/ and val/, or any tree of images; shapes needs none")
@@ -145,7 +144,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--zero-init-residual", action=boolean, default=False, help="start every residual branch at zero")
     add("--layers", type=count, default=3, help="projector: linear layers, with BN and ReLU between them")
     add("--hidden", type=count, default=2048, help="projector: width of its hidden layers")
-    add("--out", type=count, default=2048, help="projector: width of the embedding")
+    add("--out", type=within(3, kind=int), default=2048, help="projector: width of the embedding")
     add("--joint-head", action=boolean, default=False, help="projector: all views in one BN; hidden biases")
     add("--epochs", type=count, default=100, help="length of the schedule")
     add("--batch-size", type=count, default=256, help="GLOBAL, over all processes; the loss depends on it")
@@ -158,7 +157,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--loss", default="intl", choices=LOSSES, help="iternorm: INTL, beta 0; none: alignment alone")
     add("--iterations", type=int, default=4, help="intl, iternorm: Newton steps")
     add("--axis", default="channel", choices=["channel", "batch"], help="what is centred and whitened")
-    add("--beta", type=float, help="intl: weight of the trace loss (default 0.01 (log2 n - 3))")
+    add("--beta", type=lambda x: x if x == "balanced" else float(x), help="intl: a number, or balanced")
     add("--power", type=float, default=0.5, help="power: the eigenvalues' exponent, negated")
     add("--groups", type=count, default=4, help="cwrgp: groups of channels")
     add("--sub-batch", type=count, help="cwrgp: samples whitened together (default all)")
@@ -176,7 +175,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--solarize", type=share, nargs="+", default=[0.0, 0.2], help="probability")
     add("--solarize-threshold", type=int, default=128, help="inverts from this grey on; 0: the whole image")
     add("--knn-images", type=count, default=20_000, help="training images that vote in each k-NN")
-    # fmt: on
     parser.set_defaults(**RECIPES[parser.parse_known_args(argv)[0].recipe])
     args = parser.parse_args(argv)
     for name in ("min_scale", "max_scale", "blur", "solarize"):  # one number for each view
@@ -630,6 +628,14 @@ def main(argv: list[str] | None = None):
         sys.exit(f"{len(train)} training images do not fill one batch: lower --batch-size {args.batch_size}")
     total = args.epochs * steps
     last = min(total, args.max_steps or total)
+
+    # weight of the trace loss: as published, unless lost rank would cost less than it can gain
+    if args.loss == "intl":
+        n, R, beta, price = LOSSES["intl"](args).weigh(args.batch_size, args.out, bool(args.ema))
+        balanced = intl.balanced_beta(n, args.iterations, full=R)
+        if beta < balanced:
+            say(f"beta {beta:.3g} prices lost rank at {price:.2f}, too low; balanced is {balanced:.3g}")
+            args.beta = "balanced" if args.beta is None else args.beta
     config = {k: v for k, v in vars(args).items() if k not in FREE} | {"images": len(train)}
     saved = resume(folder / "checkpoint.pt", config)
     step = saved["step"] if saved else 0
@@ -648,12 +654,10 @@ def main(argv: list[str] | None = None):
     adam, sgd = torch.optim.Adam, functools.partial(torch.optim.SGD, momentum=0.9)
     optimizer = (sgd if args.optimizer == "sgd" else adam)(groups, lr=0.0, weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    if saved:
-        network.load_state_dict(saved["network"])
-        optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
-        if teacher:
-            teacher.load_state_dict(saved["teacher"])
+    parts = {"network": network, "optimizer": optimizer, "scaler": scaler}
+    parts |= {"teacher": teacher} if teacher else {}
+    for name, part in parts.items() if saved else ():
+        part.load_state_dict(saved[name])
     if args.compile:
         network.compile(dynamic=False)  # evaluation calls the backbone alone, and stays eager
     model = distribute(network, device)
@@ -661,9 +665,7 @@ def main(argv: list[str] | None = None):
     # say what the run is
     log = Log(folder, config, step) if RANK == 0 else lambda **numbers: None
     say(f"{args.epochs} epochs of {steps} steps, from {step}, by {WORLD} {device.type}, {dtype}; {folder}")
-    peak = learning_rate(round(args.warmup_epochs * steps), steps, args)
-    drops = [f"a fifth from epoch {m * args.epochs:g} on" for m in args.milestones or []]
-    say(f"learning rate {peak:.3g}, then {', '.join(drops) or 'a cosine'}")
+    say(f"learning rate {learning_rate(round(args.warmup_epochs * steps), steps, args):.3g} at its peak")
 
     # images to look at without augmentation; if they have labels, the first of them vote on the others
     labelled = val is not None and len(train.classes) > 1
@@ -733,16 +735,15 @@ def main(argv: list[str] | None = None):
             seconds = time.time() - logged_at
             speed = (step - logged) * args.batch_size / seconds
             numbers |= {"lr": group["lr"], "images_per_second": speed, "waiting": waited / seconds}
-            hours = (total - step) * args.batch_size / speed / 3600
-            log(epoch=step / steps, step=step, **numbers, hours_left=hours)
+            numbers["hours_left"] = (total - step) * args.batch_size / speed / 3600
+            log(epoch=step / steps, step=step, **numbers)
             if measures:
                 evaluate(z[0].detach())
 
             # save, now that the loss is known to be finite
             if RANK == 0 and (time.time() - saved_at > 60 * args.save_minutes or step == last):
-                state = {"config": config, "step": step, "network": network.state_dict()}
-                state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-                save(state | {"teacher": teacher and teacher.state_dict()}, folder / "checkpoint.pt")
+                state = {name: part.state_dict() for name, part in parts.items()}
+                save(state | {"config": config, "step": step}, folder / "checkpoint.pt")
                 save(backbone.state_dict(), folder / "backbone.pt")
                 saved_at = time.time()
             logged_at, logged, waited = time.time(), step, 0.0
