@@ -37,7 +37,6 @@ def _check_settings(axis: str, iterations: int = 1):
 
 def _checked(z: Tensor, iterations: int = 1) -> Tensor:
     """z in float32 (a covariance in bfloat16 is 0.2 % off or more) or float64; ValueError for a wrong shape.
-
     A Newton step (section 3) multiplies eigenvalues near zero by 9/4, and so the rounding error of directions
     without variance: 2.25^10 of it fits float32, 2.25^40 needs float64. [test_iter_norm_is_stable]"""
     if not z.is_floating_point() or z.dim() not in (2, 3):
@@ -225,12 +224,14 @@ def trace_floor(n: int, iterations: int, rank: float | None = None) -> float:
     return n * (1 - rank / n * newton_map(1 / rank, iterations)) ** 2
 
 
-def rank_price(rank: float, n: int, iterations: int, beta: float, *, full=None, teacher=False) -> float:
+def rank_price(
+    rank: float, n: int, iterations: int, beta: float, *, full: int | None = None, teacher: bool = False
+) -> float:
     """p(rank): what n coordinates of rank `rank` pay in the loss beside those of rank `full` (None: n)."""
     return (2 - teacher) * beta * (trace_floor(n, iterations, rank) - trace_floor(n, iterations, full))
 
 
-def balanced_beta(n: int, iterations: int, *, full=None) -> float:
+def balanced_beta(n: int, iterations: int, *, full: int | None = None) -> float:
     """The least beta at which lost rank costs what it can gain: p(1) >= 2, and p(R / 4) >= 4 / log2 R, the
     part of two of the log2 R halvings of the full rank R (None: n), if all gain alike. The latter is no
     theorem: it separates the runs that are in evidence/README.md, "Small batches"."""
@@ -264,7 +265,7 @@ def gather(z: Tensor) -> Tensor:
 
 def undo_ddp_average(loss: Tensor) -> Tensor:
     """The same value, its gradient times the world size."""
-    return loss if _world_size() == 1 else loss.detach() + _world_size() * (loss - loss.detach())
+    return loss.detach() + _world_size() * (loss - loss.detach()) if _world_size() > 1 else loss
 
 
 def _all_views(views: Sequence[Tensor] | Tensor, teacher: Tensor | None, iterations: int = 1) -> list[Tensor]:
@@ -283,7 +284,7 @@ def _all_views(views: Sequence[Tensor] | Tensor, teacher: Tensor | None, iterati
 #     L = mean_{i>0} [ 2 - 2 mean_rows cos(z_hat_i, z_hat_0) + beta (L_trace(z_hat_i) + L_trace(z_hat_0)) ]
 #     L = mean_{i>0} [ 2 - 2 mean_rows cos(z_hat_i, sg z_hat_0) + beta L_trace(z_hat_i) ]
 #
-# Published: beta = 0.01 (log2 n - 3), n = m, the GLOBAL batch, on the channel axis, d on the batch axis.
+# Published, for n > 8: beta = 0.01 (log2 n - 3); n = m, the GLOBAL batch, or on the batch axis n = d.
 #
 # All that this asks of z_hat are variances, and cosines of rows. On the channel axis Gram matrices hold both,
 # and no z_hat is formed: with G_v = zc_v zc_v^T / (d-1), C_v = zc_v zc_0^T / (d-1) and P_v from G_v, the
@@ -367,8 +368,8 @@ class SpectralLoss(nn.Module):
         self.p, self.axis = p, axis
 
     def forward(self, views: Sequence[Tensor] | Tensor, teacher: Tensor | None = None) -> Tensor:
-        z = torch.stack(_all_views(views, teacher))  # (V, m, d), as z_hat
-        z_hat = spectral_transform(z, power(self.p), axis=self.axis)
+        z = torch.stack(_all_views(views, teacher))  # (V, m, d)
+        z_hat = spectral_transform(z, power(self.p), axis=self.axis)  # (V, m, d)
         loss = 2 - 2 * F.cosine_similarity(z_hat[1:], z_hat[:1], dim=-1).mean()
         self.parts = {"alignment": loss.detach()}
         return undo_ddp_average(loss)

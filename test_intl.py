@@ -1,8 +1,6 @@
-"""Every test. `pytest test_intl.py` needs no data, no GPU and no network.
-
-Numbers are compared with independent sources: eigendecompositions in float64, the scalar Newton map, values
-computed once with the official release, torchvision's functions, one process instead of several.
-"""
+"""Every test. `pytest test_intl.py` needs no data, no GPU and no network. Numbers are compared with those of
+independent sources: eigendecompositions in float64, the scalar Newton map, values computed once with the
+official release, torchvision's functions, one process instead of several."""
 
 import argparse
 import colorsys
@@ -192,19 +190,16 @@ def test_trace_loss_is_least_at_equal_eigenvalues():
         x = torch.rand(n, generator=generator(seed), dtype=torch.float64)
         cov = U @ newton_map(x / x.sum(), iterations).diag() @ U.T
         assert (1 - cov.diagonal()).square().sum() > floor + 1e-6
-    assert floor == pytest.approx(n * (1 - newton_map(1 / n, iterations)) ** 2, rel=1e-12)
     assert intl.trace_floor(256, 4) == pytest.approx(209.6, abs=0.05)
     assert intl.trace_floor(8, 4, rank=2) == pytest.approx(8 * (1 - 2 * newton_map(0.5, 4) / 8) ** 2)
 
 
-@pytest.mark.parametrize("iterations", [2, 4])
-def test_no_rank_is_worth_2(iterations):
+def test_no_rank_is_worth_2():
     """Where p(r) = 2, views of rank r that agree have no less loss than unrelated ones of equal spectrum."""
     n, q = 8, centred_columns(40, 16).T
-    for r in range(1, n):
-        beta = 2 / intl.rank_price(r, n, iterations, beta=1)
-        loss = INTLLoss(iterations=iterations, beta=beta)
-        equal = 2 + 2 * beta * intl.trace_floor(n, iterations)
+    for r, T in itertools.product(range(1, n), (2, 4)):
+        beta = 2 / intl.rank_price(r, n, T, beta=1)
+        loss, equal = INTLLoss(iterations=T, beta=beta), 2 + 2 * beta * intl.trace_floor(n, T)
         assert loss([q[:n], q[n:]]).item() == pytest.approx(equal)
         for seed in range(20):
             z = randn(n, r, seed=seed) * torch.rand(r, generator=generator(seed)) @ q[:r]
@@ -283,7 +278,6 @@ def test_parts_at_an_equal_spectrum_and_at_a_collapse(axis, m, d):
         loss(*arguments)
         assert loss.parts["score"].item() == pytest.approx(1)
         assert loss.parts["trace"].item() == pytest.approx(loss.parts["floor"])
-        assert loss.parts["floor"] == intl.trace_floor(6, 4)
     loss([line, line])
     assert loss.parts["score"].item() == pytest.approx(1 / 6 / newton_map(1 / 6, 4))
     assert loss.parts["alignment"].item() < 1e-9
@@ -354,15 +348,6 @@ def test_half_precision_and_autocast_change_nothing(axis):
     assert_close(INTLLoss(axis=axis)(transposed), INTLLoss(axis=axis)(z))
     exact, half = covariance(z[0], axis), covariance(z[0].bfloat16(), axis).float()
     assert 0.002 < (half - exact).norm() / exact.norm() < 0.02  # what this spares
-
-
-@both_axes
-def test_the_loss_compiles_without_a_graph_break(axis):
-    z, loss = randf(2, 8, 12), INTLLoss(axis=axis)
-    expected, parts = value_and_gradient(loss, z), dict(loss.parts)
-    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
-    assert_close(value_and_gradient(compiled, z), expected)
-    assert_close(dict(loss.parts), parts)
 
 
 REFUSED = [
@@ -681,8 +666,7 @@ def test_steps_equal_an_independent_computation(ema, decay, photos, tmp_path, mo
     monkeypatch.setattr(train, "Network", lambda args: TinyNetwork(args).double())
     monkeypatch.setattr(train, "augmented", lambda crops, args, step, device: views[step])
     monkeypatch.setattr(train, "normalize", lambda x, dataset: x[:, :, :6, :6].double())
-    flags = f"--ema {ema} --view-sizes {'6 6 6 6' if ema else '6 6'} {decay}"
-    flags += " --weight-decay 0.1 --base-lr 0.3 --beta 0.03"
+    flags = f"--ema {ema} --view-sizes 6 6 {'6 6' * bool(ema)} {decay} --weight-decay 0.1 --beta 0.03"
     torch.manual_seed(0)
     mine = {k: v.clone().requires_grad_() for k, v in TinyNetwork(None).double().state_dict().items()}
     my_teacher = {k: v.detach().clone() for k, v in mine.items()}
@@ -694,7 +678,7 @@ def test_steps_equal_an_independent_computation(ema, decay, photos, tmp_path, mo
     losses = []
     for step in range(6):
         rate = (step + 1) / 3 if step < 3 else 0.001 + 0.999 * (1 + math.cos(math.pi * (step - 2) / 9)) / 2
-        rate = 0.3 * 16 / 256 * rate  # a warm-up of one epoch of 3 steps, then a cosine over three epochs
+        rate = 0.03 * 16 / 256 * rate  # a warm-up of one epoch of 3 steps, then a cosine over three epochs
         if ema:
             momentum = 1 - 0.1 * 0.5 * (1 + math.cos(math.pi * step / 12))
             my_teacher = {k: momentum * v + (1 - momentum) * mine[k].detach() for k, v in my_teacher.items()}
@@ -861,6 +845,7 @@ def test_a_killed_run_leaves_nobody_and_ends_bitwise_like_an_undisturbed_one(fin
 METHODS = [f"--recipe {name} --arch resnet18 --out 96" for name in train.RECIPES if name != "shapes"]
 METHODS += [
     "--loss iternorm",
+    "--batch-size 4",
     "--loss whiten --orthogonality so",
     "--loss power --power 0.45 --axis batch",
     "--loss cwrgp --groups 1 --sub-batch 8 --optimizer adam --milestones 0.5 --repeats 2",
@@ -939,7 +924,6 @@ def test_a_run_is_evaluated_at_most_a_hundred_times_and_saved_by_the_clock(photo
         written.clear()
     lines = lines_of(tmp_path / "log.jsonl")
     assert sum("feature_rank" in line for line in lines) == 1 + 101 // 2 + 1  # the first, and the last
-    assert not any("knn_top1" in line for line in lines)
 
 
 def test_steps_that_the_scaler_skips_change_nothing(photos, tmp_path, monkeypatch):
@@ -998,7 +982,7 @@ def test_compile_makes_one_graph_for_training(photos, tmp_path, monkeypatch):
 
 BAD = {
     "--gray 7": "--gray: 7 is not between 0 and 1",
-    "--flag": "unrecognized arguments: --flag",
+    "--beta rule": "--beta: invalid",
     "--warmup-epochs 9": "--epochs must exceed --warmup-epochs",
     "--view-sizes 16": "--view-sizes name two views or more",
     "--loss cwrgp --ema 0.9": "--ema: CW-RGP has no teacher",
@@ -1006,15 +990,13 @@ BAD = {
     "--dataset shapes": "--dataset shapes draws its own images",
     "--batch-size 64": "lower --batch-size 64",
     "--iterations 99": "iterations must be from 1 to 40",
-    "--data empty": "empty",
 }
 
 
 @pytest.mark.parametrize("flags, message", BAD.items())
 def test_bad_commands_name_what_is_wrong(flags, message, photos, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("empty/train").mkdir(parents=True)
-    with pytest.raises((SystemExit, ValueError, FileNotFoundError)) as stopped:
+    with pytest.raises((SystemExit, ValueError)) as stopped:
         train.main(tiny(photos, "run", flags))
     assert message in capsys.readouterr().err + str(stopped.value)
     assert not Path("run").exists()
@@ -1069,7 +1051,8 @@ def test_documented_python_runs(tmp_path, monkeypatch):
 
 
 def test_tables_are_what_the_logs_say():
-    assert run("evidence/tables.py").strip() in (HERE / "evidence" / "README.md").read_text()
+    written = "\n".join((HERE / name).read_text() for name in ("README.md", "evidence/README.md"))
+    assert all(table in written for table in run("evidence/tables.py").strip().split("\n\n"))
 
 
 def test_named_tests_exist():
@@ -1201,8 +1184,6 @@ def test_linear_classifiers_do_not_influence_each_other_and_resume(finished, pho
     monkeypatch.setattr(linear_eval, "save", save)
     linear("both", "0.1 1")
     assert torch.equal(heads[1], heads[2])
-    alone, both = (lines_of(tmp_path / name / "results.jsonl")[0]["results"] for name in ("alone", "both"))
-    assert alone["learning rate 1"] == both["learning rate 1"]
     assert not (tmp_path / "both" / "linear.pt").exists()
 
 
@@ -1385,27 +1366,10 @@ def test_ground_truth_has_an_ap_of_100(scenes, tmp_path):
 
     ap = measured_ap(coco(scenes), tmp_path)
     assert [ap["box AP"], ap["box AP50"], ap["mask AP"], ap["mask AP50"]] == pytest.approx([100] * 4)
+    assert detect_transfer.average_precision(coco(scenes), [], tmp_path)["box AP"] == 0
     changes = [functools.partial(paste, shift=shift) for shift in (0, 0.7)]
     exact, displaced = (measured_ap(coco(scenes), tmp_path, change)["mask AP"] for change in changes)
     assert exact > 93 and displaced < exact - 5
-
-
-def test_ap_is_pycocotools_on_the_written_results(scenes, tmp_path):
-    def change(target):
-        g, masks = generator(int(target["image_id"])), target["masks"].clone()
-        masks[::3, :, : masks.shape[2] // 2] = 0
-        boxes = target["boxes"] + 4 * torch.rand(target["boxes"].shape, generator=g)
-        return target | {"masks": masks, "boxes": boxes, "scores": torch.rand(len(boxes), generator=g)}
-
-    ap, truths = measured_ap(coco(scenes), tmp_path, change), coco(scenes).coco
-    for kind, name in (("bbox", "box"), ("segm", "mask")):
-        found = truths.loadRes(str(tmp_path / f"results_{kind}.json"))
-        evaluation = detect_transfer.COCOeval(truths, found, kind)
-        for stage in evaluation.evaluate, evaluation.accumulate, evaluation.summarize:
-            stage()
-        got = [ap[f"{name} {which}"] for which in ("AP", "AP50", "AP75")]
-        assert got == pytest.approx(list(100 * evaluation.stats[:3])) and 5 < got[0] < 95
-    assert detect_transfer.average_precision(coco(scenes), [], tmp_path)["box AP"] == 0
 
 
 def test_detections_do_not_depend_on_the_number_of_processes(finished, scenes, tmp_path):

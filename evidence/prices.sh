@@ -1,0 +1,52 @@
+#!/bin/sh
+# The runs of evidence/README.md's "Small batches": each on one core, 2 to 9 minutes; from the repository's root.
+# data/cifar10_small holds 5,000 training and 1,000 test images of CIFAR-10, 500 and 100 of each class.
+export OMP_NUM_THREADS=1
+common="--workers 0 --log-every 50"
+cifar="--recipe cifar10 --data data/cifar10_small --stem small --epochs 10 --knn-images 5000 $common"
+
+train() { # prefix, flags, then n, T, beta, seeds
+  prefix=$1 flags=$2 n=$3 T=$4 beta=$5 && shift 5
+  for seed; do
+    torchrun train.py $flags --batch-size $n --iterations $T --beta $beta --seed $seed \
+      --output runs/prices/${prefix}n$n-T$T-beta$beta-$seed
+  done
+}
+
+# T = 4: the published beta, the balanced one, and others
+train "" "$cifar" 16 4 .01 0 1 2
+train "" "$cifar" 16 4 .06 0
+train "" "$cifar" 16 4 .075 0 1 2
+train "" "$cifar" 32 4 .02 0 1 2
+for beta in .025 .03 .035 .06 .1; do train "" "$cifar" 32 4 $beta 0; done
+train "" "$cifar" 32 4 .043 0 1 2
+train "" "$cifar" 64 4 .015 0
+train "" "$cifar" 64 4 .03 0
+train "" "$cifar" 128 4 .02 0
+train "" "$cifar" 128 4 .03 0 1 2
+train "" "$cifar" 128 4 .04 0 1 2
+for beta in .025 .04 .05 .1; do train "" "$cifar" 256 4 $beta 0; done
+for beta in .03 .06 .12; do train "" "$cifar" 512 4 $beta 0; done
+
+# other numbers of Newton steps
+train "" "$cifar" 256 2 .05 0 1 2
+train "" "$cifar" 256 2 1 0 1 2
+train "" "$cifar" 256 3 .05 0 1 2
+train "" "$cifar" 256 3 .19 0 1 2
+train "" "$cifar" 256 5 .05 0 1 2
+train "" "$cifar" 256 5 .011 0 1 2
+train "" "$cifar" 256 7 .05 0 1 2
+train "" "$cifar" 256 7 .0044 0 1 2
+train "" "$cifar" 256 7 .0026 0
+
+# a teacher; the batch axis; drawn shapes
+train teacher- "$cifar --ema .996" 32 4 .02 0
+train teacher- "$cifar --ema .996" 32 4 .043 0
+train teacher- "$cifar --ema .996" 256 4 .025 0
+train teacher- "$cifar --ema .996" 256 4 .05 0
+train batch- "$cifar --axis batch" 256 4 .08 0
+train batch- "$cifar --axis batch" 256 2 .08 0
+train batch- "$cifar --axis batch" 256 2 1 0
+for cell in "16 4 .01" "16 4 .075" "32 4 .02" "32 4 .043" "256 4 .05" "256 3 .05" "256 3 .19"; do
+  train shapes- "--epochs 4 $common" $cell 0
+done
