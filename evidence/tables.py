@@ -3,8 +3,8 @@
 PYTHONPATH=. python evidence/tables.py [--figures]; the figures need matplotlib."""
 
 import functools
+import itertools
 import json
-import math
 import statistics
 import sys
 from pathlib import Path
@@ -72,7 +72,7 @@ def price_cells() -> dict[tuple, list[dict[str, float]]]:
         rank, beta = last["embedding_rank"], config["beta"]
         numbers = {"p(1)": price(1, beta=beta), "p(R/4)": price(full / 4, beta=beta), "rank": rank / full}
         numbers |= {"paid": price(rank, beta=beta), "5-NN": last["knn_top1"]}
-        numbers |= {"gain": last["knn_top1"] - first["knn_top1"], "needed": 4 / math.log2(full)}
+        numbers |= {"gain": last["knn_top1"] - first["knn_top1"]}
         balanced = balanced_beta(n, loss.iterations, full=full)
         near = {"published": published, "balanced": balanced}
         names = ", ".join(name for name, value in near.items() if abs(beta / value - 1) < 0.04)
@@ -87,25 +87,34 @@ def prices() -> str:
     rows = []
     for (kind, n, T, beta, names), seeds in price_cells().items():
         column = {name: [seed[name] for seed in seeds] for name in seeds[0]}
-        costs = [f"{column[name][0]:.2f}" for name in ("p(1)", "p(R/4)", "needed")]
+        costs = [f"{column[name][0]:.2f}" for name in ("p(1)", "p(R/4)")]
         measured = [spread(column["5-NN"]), spread(column["gain"])]
         measured += [spread(column["rank"], 2), spread(column["paid"], 2)]
         rows.append([kind, n, T, f"{beta:g} {names}".strip(), len(seeds), *costs, *measured])
-    header = "images, n, T, beta, seeds, p(1), p(R/4), share, 5-NN, gain, rank / R, p(rank)"
+    header = "images, n, T, beta, seeds, p(1), p(R/4), 5-NN, gain, rank / R, p(rank)"
     return table(header.split(", "), rows)
 
 
 def draw_prices():
+    """5-NN beyond a random network's, and rank of the embedding, over the price: every run a mark."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    marks = {"CIFAR-10": "o", "shapes": "s", "teacher": "^", "batch axis": "D"}
     for (kind, n, T, _, _), seeds in price_cells().items():
-        for seed in seeds:
-            marker = "o" if kind == "CIFAR-10" else "s" if kind == "shapes" else "^"
-            color = f"C{T}" if T != 4 else plt.cm.viridis(math.log2(n / 16) / 6)
-            for panel, name in zip(axes, ("gain", "rank")):
-                panel.scatter(seed["p(R/4)"] / seed["needed"], seed[name], color=color, marker=marker, s=18)
-    figure.savefig(HERE / "prices.png")
+        mark = marks[kind.split(", ")[-1]]
+        color = "C0" if (n, T) == (256, 4) else "C1" if T == 4 and n < 256 else "C2" if T == 4 else "C3"
+        for seed, (panel, name) in itertools.product(seeds, zip(panels, ("gain", "rank"))):
+            panel.scatter(seed["p(R/4)"], seed[name], color=color, marker=mark, s=22, alpha=0.8, linewidths=0)
+    for name, color in (("n < 256", "C1"), ("n = 256", "C0"), ("n > 256", "C2"), ("T = 2, 3, 5, 7", "C3")):
+        panels[1].scatter([], [], color=color, label=name)
+    for name, mark in marks.items():
+        panels[1].scatter([], [], color="gray", marker=mark, label=name)
+    panels[1].legend(fontsize="small")
+    for panel, title in zip(panels, ("5-NN, points above a random network", "effective rank / full rank R")):
+        panel.set(xscale="log", xlabel="p(R/4): the price of losing three quarters of the rank", title=title)
+        panel.grid(alpha=0.3)
+    figure.savefig(HERE / "prices.png", dpi=110)
 
 
 if __name__ == "__main__":
