@@ -9,13 +9,13 @@ train() { # prefix, flags, then n, T, beta, seeds
   prefix=$1 flags=$2 n=$3 T=$4 beta=$5 && shift 5
   for seed; do
     torchrun train.py $flags --batch-size $n --iterations $T --beta $beta --seed $seed \
-      --output runs/prices/${prefix}n$n-T$T-beta$beta-$seed
+      --output runs/beta/${prefix}n$n-T$T-beta$beta-$seed
   done
 }
 
 # T = 4: the published beta, the balanced one, and others
 train "" "$cifar" 16 4 .01 0 1 2
-for beta in .06 .15; do train "" "$cifar" 16 4 $beta 0; done
+train "" "$cifar" 16 4 .06 0
 train "" "$cifar" 16 4 .075 0 1 2
 train "" "$cifar" 32 4 .02 0 1 2
 for beta in .025 .03 .035 .06 .1; do train "" "$cifar" 32 4 $beta 0; done
@@ -28,6 +28,7 @@ for beta in .025 .04 .05 .1; do train "" "$cifar" 256 4 $beta 0; done
 for beta in .03 .15; do train "" "$cifar" 512 4 $beta 0; done
 train "" "$cifar" 512 4 .06 0 1 2
 train "" "$cifar" 512 4 .087 0 1 2
+for beta in .06 .087; do train long- "$cifar --epochs 30" 512 4 $beta 0; done
 
 # other numbers of Newton steps
 train "" "$cifar" 256 2 .05 0 1 2
@@ -45,7 +46,6 @@ train "" "$cifar" 256 7 .0026 0
 # a teacher; the batch axis; drawn shapes
 train teacher- "$cifar --ema .996" 32 4 .02 0
 train teacher- "$cifar --ema .996" 32 4 .043 0
-train teacher- "$cifar --ema .996" 256 4 .025 0
 train teacher- "$cifar --ema .996" 256 4 .05 0
 train batch- "$cifar --axis batch" 256 4 .08 0
 train batch- "$cifar --axis batch" 256 2 .08 0

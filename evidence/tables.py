@@ -78,6 +78,7 @@ def price_cells() -> dict[tuple, list[dict[str, float]]]:
         names = ", ".join(name for name, value in near.items() if abs(beta / value - 1) < 0.04)
         images = "shapes" if config["dataset"] == "shapes" else "CIFAR-10"
         kind = images + ", batch axis" * (loss.axis == "batch") + ", teacher" * teacher
+        kind += ", 30 epochs" * (config["epochs"] == 30)
         cells.setdefault((kind, n, loss.iterations, beta, names), []).append(numbers)
     return dict(sorted(cells.items()))
 
@@ -95,6 +96,20 @@ def prices() -> str:
     return table(header.split(", "), rows)
 
 
+def small_batches() -> str:
+    """The README's: published and balanced beta side by side, CIFAR-10, channel axis."""
+    cells = {(kind, n, T, name): (beta, s) for (kind, n, T, beta, name), s in price_cells().items()}
+    rows = []
+    for n, T in ((16, 4), (32, 4), (256, 3), (256, 2)):
+        row = [n, T]
+        for name in ("published", "balanced"):
+            beta, seeds = cells["CIFAR-10", n, T, name]
+            row += [f"{beta:g}", spread([seed["5-NN"] for seed in seeds])]
+        rows.append(row)
+    header = "batch, T, published beta, 5-NN, balanced beta, 5-NN"
+    return table(header.split(", "), rows)
+
+
 def draw_prices():
     """5-NN beyond a random network's, and rank of the embedding, over the price: every run a mark."""
     import matplotlib.pyplot as plt
@@ -102,7 +117,7 @@ def draw_prices():
     figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     marks = {"CIFAR-10": "o", "shapes": "s", "teacher": "^", "batch axis": "D"}
     for (kind, n, T, _, _), seeds in price_cells().items():
-        mark = marks[kind.split(", ")[-1]]
+        mark = marks[kind.removesuffix(", 30 epochs").split(", ")[-1]]
         color = "C0" if (n, T) == (256, 4) else "C1" if T == 4 and n < 256 else "C2" if T == 4 else "C3"
         for seed, (panel, name) in itertools.product(seeds, zip(panels, ("gain", "rank"))):
             panel.scatter(seed["p(R/4)"], seed[name], color=color, marker=mark, s=22, alpha=0.8, linewidths=0)
@@ -118,6 +133,6 @@ def draw_prices():
 
 
 if __name__ == "__main__":
-    print(methods(), prices(), sep="\n\n")
+    print(methods(), prices(), small_batches(), sep="\n\n")
     if "--figures" in sys.argv:
         draw_prices()
