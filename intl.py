@@ -203,13 +203,13 @@ def iter_norm(z: Tensor, *, iterations: int = 4, axis: str = "channel") -> Tenso
 # have L_trace >= L_r = n (1 - (r/n) h_T(1/r))^2, with equality at r equal eigenvalues and n equal variances.
 # 209.6 for n = r = 256 and T = 4: a loss near 21 is normal. [test_trace_loss_is_least_at_equal_eigenvalues]
 #
-# L_r falls as r grows. So in INTL's loss (section 6) two views of rank r, not n, pay at least the price
+# L_r falls as r grows. In INTL's loss (section 6) two views of rank r pay at least the price
 #
-#     p(r) = 2 beta (L_r - L_n),   with a teacher, whose view has no trace loss, half of it.
+#     p(r) = 2 beta (L_r - L_R),   with a teacher, whose view has no trace loss, half of it,
 #
-# What they gain by it is alignment: never below 0, and 2 between unrelated views. Where p(r) >= 2, no views
-# of rank r have less loss than an equal spectrum, however badly that aligns. [test_no_rank_is_worth_2] The
-# published beta has p(1) = 4.4 for n = 256 and T = 4; but 0.9 for n = 32, 0.8 for T = 2, and these collapse.
+# more than an equal spectrum of full rank R, mostly n. All that losing rank can gain is alignment, from 2, of
+# unrelated views, to 0. So where p(r) >= 2, no views of rank r have less loss than unrelated views of equal
+# spectrum. [test_no_rank_is_worth_2] Published p(1): 4.4 for n = 256, T = 4; 0.9 for n = 32; 0.8 for T = 2.
 
 
 def trace_loss(z_hat: Tensor, *, axis: str = "channel") -> Tensor:
@@ -227,16 +227,17 @@ def trace_floor(n: int, iterations: int, rank: float | None = None) -> float:
 def rank_price(
     rank: float, n: int, iterations: int, beta: float, *, full: int | None = None, teacher: bool = False
 ) -> float:
-    """p(rank): what n coordinates of rank `rank` pay in the loss beside those of rank `full` (None: n)."""
+    """p(rank): what a rank of `rank` costs in the loss at least, beside the rank `full` (None: n)."""
     return (2 - teacher) * beta * (trace_floor(n, iterations, rank) - trace_floor(n, iterations, full))
 
 
 def balanced_beta(n: int, iterations: int, *, full: int | None = None) -> float:
-    """The least beta with p(1) >= 2 and p(R / 4) >= 0.6, where R = full is the full rank (None: n). The first
-    rules out a collapse onto one direction, as above. The second is the published p(R / 4) for n = 256 and
-    T = 4, no theorem: it parts the runs that kept their rank from those that lost it (evidence/README.md)."""
-    least = (1, 2.0), (max(1, (full or n) / 4), 0.6)
-    return max(price / rank_price(r, n, iterations, 1, full=full) for r, price in least)
+    """The least beta with p(1) >= 2, so that a collapse onto one direction gains nothing, and p(r) >= 0.6 for
+    r = R / 4, R = full being the full rank (None: n), but at most 64: a convention, as the published setting,
+    n = 256 and T = 4, has 0.6 (evidence/README.md, "Small batches"). 0 where there is no rank to lose."""
+    R = full or n
+    least = ((1, 2.0), (max(1, min(R / 4, 64)), 0.6)) if R > 1 else ()
+    return max((p / rank_price(r, n, iterations, 1, full=R) for r, p in least), default=0.0)
 
 
 # --- 5. Many processes: statistics of the global batch, and a backward pass without communication -----------
@@ -329,7 +330,7 @@ class INTLLoss(nn.Module):
             raise ValueError(f'beta must be a number, None or "balanced", got {beta!r}')
         self.iterations, self.axis, self.beta = iterations, axis, beta
 
-    def weigh(self, m: int, d: int, teacher: bool = False) -> tuple[int, int, float, float]:
+    def setting(self, m: int, d: int, teacher: bool = False) -> tuple[int, int, float, float]:
         """Of a global batch (m, d): n coordinates, their full rank R, beta, and p(R / 4)."""
         n, R = (m, min(m, d - 1)) if self.axis == "channel" else (d, min(m - 1, d))
         beta = 0.01 * (math.log2(n) - 3) if self.beta is None else self.beta
@@ -338,7 +339,7 @@ class INTLLoss(nn.Module):
 
     def forward(self, views: Sequence[Tensor] | Tensor, teacher: Tensor | None = None) -> Tensor:
         z = _all_views(views, teacher, self.iterations)  # V times (m, d), global m
-        n, R, beta, price = self.weigh(*z[0].shape, teacher is not None)
+        n, R, beta, price = self.setting(*z[0].shape, teacher is not None)
 
         with torch.autocast(z[0].device.type, enabled=False):
             variance, cosine = _statistics(z, self.iterations, self.axis)  # (V, n), (V-1, m)

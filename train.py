@@ -157,7 +157,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--loss", default="intl", choices=LOSSES, help="iternorm: INTL, beta 0; none: alignment alone")
     add("--iterations", type=int, default=4, help="intl, iternorm: Newton steps")
     add("--axis", default="channel", choices=["channel", "batch"], help="what is centred and whitened")
-    add("--beta", type=lambda x: x if x == "balanced" else float(x), help="intl: a number, or balanced")
+    add("--beta", type=float, help="intl: weight of the trace loss (default: published, or balanced)")
     add("--power", type=float, default=0.5, help="power: the eigenvalues' exponent, negated")
     add("--groups", type=count, default=4, help="cwrgp: groups of channels")
     add("--sub-batch", type=count, help="cwrgp: samples whitened together (default all)")
@@ -629,13 +629,13 @@ def main(argv: list[str] | None = None):
     total = args.epochs * steps
     last = min(total, args.max_steps or total)
 
-    # weight of the trace loss: as published, unless lost rank would cost less than it can gain
+    # weight of the trace loss: as published, unless lost rank would then cost too little
     if args.loss == "intl":
-        n, R, beta, price = LOSSES["intl"](args).weigh(args.batch_size, args.out, bool(args.ema))
+        n, R, beta, _ = LOSSES["intl"](args).setting(args.batch_size, args.out)
         balanced = intl.balanced_beta(n, args.iterations, full=R)
         if beta < balanced:
-            say(f"beta {beta:.3g} prices lost rank at {price:.2f}, too low; balanced is {balanced:.3g}")
-            args.beta = "balanced" if args.beta is None else args.beta
+            args.beta = balanced if args.beta is None else beta
+            say(f"beta {beta:.3g} may collapse, the balanced {balanced:.3g} should not; taken: {args.beta:.3g}")
     config = {k: v for k, v in vars(args).items() if k not in FREE} | {"images": len(train)}
     saved = resume(folder / "checkpoint.pt", config)
     step = saved["step"] if saved else 0
@@ -654,9 +654,9 @@ def main(argv: list[str] | None = None):
     adam, sgd = torch.optim.Adam, functools.partial(torch.optim.SGD, momentum=0.9)
     optimizer = (sgd if args.optimizer == "sgd" else adam)(groups, lr=0.0, weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    parts = {"network": network, "optimizer": optimizer, "scaler": scaler}
-    parts |= {"teacher": teacher} if teacher else {}
-    for name, part in parts.items() if saved else ():
+    stateful = {"network": network, "optimizer": optimizer, "scaler": scaler}
+    stateful |= {"teacher": teacher} if teacher else {}
+    for name, part in stateful.items() if saved else ():
         part.load_state_dict(saved[name])
     if args.compile:
         network.compile(dynamic=False)  # evaluation calls the backbone alone, and stays eager
@@ -742,7 +742,7 @@ def main(argv: list[str] | None = None):
 
             # save, now that the loss is known to be finite
             if RANK == 0 and (time.time() - saved_at > 60 * args.save_minutes or step == last):
-                state = {name: part.state_dict() for name, part in parts.items()}
+                state = {name: part.state_dict() for name, part in stateful.items()}
                 save(state | {"config": config, "step": step}, folder / "checkpoint.pt")
                 save(backbone.state_dict(), folder / "backbone.pt")
                 saved_at = time.time()

@@ -67,7 +67,7 @@ def price_cells() -> dict[tuple, list[dict[str, float]]]:
     for run in sorted((HERE / "prices").iterdir()):
         config, first, last = logged(run)
         teacher, loss = bool(config["ema"]), INTLLoss(axis=config["axis"], iterations=config["iterations"])
-        n, full, published, _ = loss.weigh(config["batch_size"], config["out"])
+        n, full, published, _ = loss.setting(config["batch_size"], config["out"])
         price = functools.partial(rank_price, n=n, iterations=loss.iterations, full=full, teacher=teacher)
         rank, beta = last["embedding_rank"], config["beta"]
         numbers = {"p(1)": price(1, beta=beta), "p(R/4)": price(full / 4, beta=beta), "rank": rank / full}
