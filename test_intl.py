@@ -809,7 +809,7 @@ def test_a_run_leaves_what_is_promised(finished):
     lines = lines_of(folder / "log.jsonl")
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
     assert [line["epoch"] for line in lines if "knn_top1" in line] == [0, 1, 2, 3, 4]
-    assert "beta 0.01 may collapse, the balanced 0.0747 should not; taken: 0.0747" in printed
+    assert "beta 0.01 may collapse; balanced it would be 0.0747; taken is 0.0747" in printed
     assert json.loads((folder / "config.json").read_text())["beta"] == intl.balanced_beta(16, 4)
     names = "alignment trace floor score price lr images_per_second waiting hours_left embedding_rank"
     assert all(f"{name} " in printed for name in [*names.split(), "condition_number", "peak memory"])

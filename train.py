@@ -635,7 +635,7 @@ def main(argv: list[str] | None = None):
         balanced = intl.balanced_beta(n, args.iterations, full=R)
         if beta < balanced:
             args.beta = balanced if args.beta is None else beta
-            say(f"beta {beta:.3g} may collapse, the balanced {balanced:.3g} should not; taken: {args.beta:.3g}")
+            say(f"beta {beta:.3g} may collapse; balanced it would be {balanced:.3g}; taken is {args.beta:.3g}")
     config = {k: v for k, v in vars(args).items() if k not in FREE} | {"images": len(train)}
     saved = resume(folder / "checkpoint.pt", config)
     step = saved["step"] if saved else 0

@@ -7,7 +7,7 @@ cifar="--recipe cifar10 --data data/cifar10_small --stem small --epochs 10 --knn
 
 train() { # prefix, flags, then n, T, beta, seeds
   prefix=$1 flags=$2 n=$3 T=$4 beta=$5 && shift 5
-  for seed; do
+  for seed; do # of each run config.json and log.jsonl were copied to evidence/prices
     torchrun train.py $flags --batch-size $n --iterations $T --beta $beta --seed $seed \
       --output runs/beta/${prefix}n$n-T$T-beta$beta-$seed
   done
@@ -25,9 +25,9 @@ train "" "$cifar" 64 4 .03 0
 train "" "$cifar" 128 4 .032 0 1 2
 train "" "$cifar" 128 4 .04 0 1 2
 for beta in .025 .04 .05 .1; do train "" "$cifar" 256 4 $beta 0; done
-for beta in .03 .15; do train "" "$cifar" 512 4 $beta 0; done
+train "" "$cifar" 512 4 .087 0
 train "" "$cifar" 512 4 .06 0 1 2
-train "" "$cifar" 512 4 .087 0 1 2
+train "" "$cifar" 512 4 .04 0 1 2
 for beta in .06 .087; do train long- "$cifar --epochs 30" 512 4 $beta 0; done
 
 # other numbers of Newton steps
