@@ -220,7 +220,7 @@ def trace_loss(z_hat: Tensor, *, axis: str = "channel") -> Tensor:
 
 def trace_floor(n: int, iterations: int, rank: float | None = None) -> float:
     """L_rank, the least trace loss that IterNorm reaches with n coordinates of at most `rank` (None: n)."""
-    rank = rank or n
+    rank = n if rank is None else rank
     return n * (1 - rank / n * newton_map(1 / rank, iterations)) ** 2
 
 
@@ -232,10 +232,10 @@ def rank_price(
 
 
 def balanced_beta(n: int, iterations: int, *, full: int | None = None) -> float:
-    """The least beta with p(1) >= 2, so that a collapse onto one direction gains nothing, and p(r) >= 0.6 for
-    r = R / 4, R = full being the full rank (None: n), but at most 64: a convention, as the published setting,
-    n = 256 and T = 4, has 0.6 (evidence/README.md, "Small batches"). 0 where there is no rank to lose."""
-    R = full or n
+    """The least beta with p(1) >= 2 (without a teacher), so that a collapse onto one direction gains nothing,
+    and p(r) >= 0.6 for r = R / 4, R = full being the full rank (None: n), at most 64: a convention, since n =
+    256 and T = 4, as published, have 0.6 (evidence/README.md, "Small batches"). 0 if no rank can be lost."""
+    R = n if full is None else full
     least = ((1, 2.0), (max(1, min(R / 4, 64)), 0.6)) if R > 1 else ()
     return max((p / rank_price(r, n, iterations, 1, full=R) for r, p in least), default=0.0)
 
@@ -331,11 +331,12 @@ class INTLLoss(nn.Module):
         self.iterations, self.axis, self.beta = iterations, axis, beta
 
     def setting(self, m: int, d: int, teacher: bool = False) -> tuple[int, int, float, float]:
-        """Of a global batch (m, d): n coordinates, their full rank R, beta, and p(R / 4)."""
+        """Of a global batch (m, d): n coordinates, full rank R, beta, and p(r), r = R / 4 but at most 64."""
         n, R = (m, min(m, d - 1)) if self.axis == "channel" else (d, min(m - 1, d))
         beta = 0.01 * (math.log2(n) - 3) if self.beta is None else self.beta
         beta = balanced_beta(n, self.iterations, full=R) if beta == "balanced" else beta
-        return n, R, beta, rank_price(max(1, R / 4), n, self.iterations, beta, full=R, teacher=teacher)
+        r = max(1, min(R / 4, 64))
+        return n, R, beta, rank_price(r, n, self.iterations, beta, full=R, teacher=teacher)
 
     def forward(self, views: Sequence[Tensor] | Tensor, teacher: Tensor | None = None) -> Tensor:
         z = _all_views(views, teacher, self.iterations)  # V times (m, d), global m
@@ -382,9 +383,9 @@ def group_whiten(z: Tensor, groups: int, permutation: Tensor | None = None) -> T
     ValueError unless groups divides d and d / groups > m: else a group's Gram matrix is all but singular."""
     z = _checked(z)
     m, d = z.shape[-2:]
-    if groups < 1 or d % groups or d // groups <= m:
-        raise ValueError(f"groups must divide d into parts larger than m, got {(m, d)} and groups = {groups}")
     order = torch.arange(d, device=z.device) if permutation is None else permutation.to(z.device)
+    if groups < 1 or d % groups or d // groups <= m or order.shape not in ((d,), (*z.shape[:-2], d)):
+        raise ValueError(f"no {groups} groups larger than m in {tuple(z.shape)}, order {tuple(order.shape)}")
 
     with torch.autocast(z.device.type, enabled=False):
         zc, _ = _centre(z.double(), "channel")  # (..., m, d)
@@ -491,8 +492,7 @@ def condition_number(z: Tensor) -> Tensor:
 
 
 def demonstrate(steps: int = 400, plot: str | None = None):
-    """Train a small MLP on two noisy views of 16 latent factors with one loss after another; print, and draw
-    in the file `plot`, what is left of the embedding's spectrum."""
+    """Train an MLP on two noisy views of 16 latent factors by each loss; print, and plot, its spectra."""
     names = {0.0: "no transformation", 0.2: "power 0.2", 0.4: "power 0.4", 0.5: "whitening", 0.6: "power 0.6"}
     losses = {name: SpectralLoss(p, axis="batch") for p, name in names.items()}
     losses["IterNorm alone, T = 4"] = INTLLoss(axis="batch", beta=0.0)

@@ -144,7 +144,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--zero-init-residual", action=boolean, default=False, help="start every residual branch at zero")
     add("--layers", type=count, default=3, help="projector: linear layers, with BN and ReLU between them")
     add("--hidden", type=count, default=2048, help="projector: width of its hidden layers")
-    add("--out", type=within(3, kind=int), default=2048, help="projector: width of the embedding")
+    add("--out", type=count, default=2048, help="projector: width of the embedding")
     add("--joint-head", action=boolean, default=False, help="projector: all views in one BN; hidden biases")
     add("--epochs", type=count, default=100, help="length of the schedule")
     add("--batch-size", type=count, default=256, help="GLOBAL, over all processes; the loss depends on it")
@@ -155,9 +155,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--weight-decay", type=amount, default=1e-4)
     add("--decay-all", action=boolean, default=True, help="weight decay on biases and BN parameters too")
     add("--loss", default="intl", choices=LOSSES, help="iternorm: INTL, beta 0; none: alignment alone")
-    add("--iterations", type=int, default=4, help="intl, iternorm: Newton steps")
+    add("--iterations", type=within(1, 40, int), default=4, help="intl, iternorm: Newton steps")
     add("--axis", default="channel", choices=["channel", "batch"], help="what is centred and whitened")
-    add("--beta", type=float, help="intl: weight of the trace loss (default: published, or balanced)")
+    add("--beta", type=amount, help="intl: weight of the trace loss (default: published, or balanced)")
     add("--power", type=float, default=0.5, help="power: the eigenvalues' exponent, negated")
     add("--groups", type=count, default=4, help="cwrgp: groups of channels")
     add("--sub-batch", type=count, help="cwrgp: samples whitened together (default all)")
@@ -632,10 +632,10 @@ def main(argv: list[str] | None = None):
     # weight of the trace loss: as published, unless lost rank would then cost too little
     if args.loss == "intl":
         n, R, beta, _ = LOSSES["intl"](args).setting(args.batch_size, args.out)
-        balanced = intl.balanced_beta(n, args.iterations, full=R)
+        balanced = float(f"{intl.balanced_beta(n, args.iterations, full=R):.3g}")
         if beta < balanced:
             args.beta = balanced if args.beta is None else beta
-            say(f"beta {beta:.3g} may collapse; balanced it would be {balanced:.3g}; taken is {args.beta:.3g}")
+            say(f"beta {beta:.3g} may collapse; balanced would be {balanced:g}; taken is {args.beta:g}")
     config = {k: v for k, v in vars(args).items() if k not in FREE} | {"images": len(train)}
     saved = resume(folder / "checkpoint.pt", config)
     step = saved["step"] if saved else 0
@@ -656,8 +656,8 @@ def main(argv: list[str] | None = None):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     stateful = {"network": network, "optimizer": optimizer, "scaler": scaler}
     stateful |= {"teacher": teacher} if teacher else {}
-    for name, part in stateful.items() if saved else ():
-        part.load_state_dict(saved[name])
+    for name in filter(saved.get, stateful) if saved else ():  # a scaler that was off left nothing
+        stateful[name].load_state_dict(saved[name])
     if args.compile:
         network.compile(dynamic=False)  # evaluation calls the backbone alone, and stays eager
     model = distribute(network, device)

@@ -5,8 +5,8 @@
     python linear_eval.py --checkpoint runs/official-0/backbone.pt --arch resnet18 --stem small \
         --dataset cifar10 --data data/cifar10_small
 
-That commit is the first whose README has the published CIFAR-10 accuracy; ten days later the network began to
-pad CIFAR's images twice. From the clone come network, loss, augmentation, optimiser's settings, schedule and
+That commit's README has the published CIFAR-10 accuracy; a week later the network began to pad CIFAR's images
+twice. From the clone come network, loss, augmentation, optimiser's settings, schedule and
 the function that trains an epoch; from here the data, the first layers of `--stem small`, and bfloat16 for
 the network, as in train.py, while the loss is float32, as in both."""
 

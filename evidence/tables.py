@@ -2,7 +2,6 @@
 
 PYTHONPATH=. python evidence/tables.py [--figures]; the figures need matplotlib."""
 
-import functools
 import itertools
 import json
 import statistics
@@ -68,10 +67,12 @@ def price_cells() -> dict[tuple, list[dict[str, float]]]:
         config, first, last = logged(run)
         teacher, loss = bool(config["ema"]), INTLLoss(axis=config["axis"], iterations=config["iterations"])
         n, full, published, _ = loss.setting(config["batch_size"], config["out"])
-        price = functools.partial(rank_price, n=n, iterations=loss.iterations, full=full, teacher=teacher)
-        rank, beta = last["embedding_rank"], config["beta"]
-        numbers = {"p(1)": price(1, beta=beta), "p(R/4)": price(full / 4, beta=beta), "rank": rank / full}
-        numbers |= {"paid": price(rank, beta=beta), "5-NN": last["knn_top1"]}
+        beta, rank = config["beta"], last["embedding_rank"] / full
+        prices = [rank_price(r, n, loss.iterations, beta, full=full, teacher=teacher) for r in (1, full / 4)]
+        numbers = {"p(1)": prices[0], "p(R/4)": prices[1], "rank": rank}
+        step = next(line for line in reversed(read(run / "log.jsonl")) if "trace" in line)
+        numbers["paid"] = (2 - teacher) * beta * (step["trace"] - step["floor"])
+        numbers["5-NN"] = last["knn_top1"]
         numbers |= {"gain": last["knn_top1"] - first["knn_top1"]}
         balanced = balanced_beta(n, loss.iterations, full=full)
         near = {"published": published, "balanced": balanced}
@@ -92,7 +93,7 @@ def prices() -> str:
         measured = [spread(column["5-NN"]), spread(column["gain"])]
         measured += [spread(column["rank"], 2), spread(column["paid"], 2)]
         rows.append([kind, n, T, f"{beta:g} {names}".strip(), len(seeds), *costs, *measured])
-    header = "images, n, T, beta, seeds, p(1), p(R/4), 5-NN, gain, rank / R, p(rank)"
+    header = "images, n, T, beta, seeds, p(1), p(R/4), 5-NN, gain, rank / R, paid"
     return table(header.split(", "), rows)
 
 
