@@ -2,7 +2,6 @@
 
 PYTHONPATH=. python evidence/tables.py [--figures]; the figures need matplotlib."""
 
-import itertools
 import json
 import statistics
 import sys
@@ -120,14 +119,17 @@ def draw_prices():
     for (kind, n, T, _, _), seeds in price_cells().items():
         mark = marks[kind.removesuffix(", 30 epochs").split(", ")[-1]]
         color = "C0" if (n, T) == (256, 4) else "C1" if T == 4 and n < 256 else "C2" if T == 4 else "C3"
-        for seed, (panel, name) in itertools.product(seeds, zip(panels, ("gain", "rank"))):
-            panel.scatter(seed["p(R/4)"], seed[name], color=color, marker=mark, s=22, alpha=0.8, linewidths=0)
+        options = dict(color=color, marker=mark, s=22, alpha=0.8, linewidths=0)
+        for seed in seeds:
+            panels[0].scatter(seed["p(R/4)"], seed["gain"] / (4 if kind == "shapes" else 1), **options)
+            panels[1].scatter(seed["p(R/4)"], seed["rank"], **options)
     for name, color in (("n < 256", "C1"), ("n = 256", "C0"), ("n > 256", "C2"), ("T = 2, 3, 5, 7", "C3")):
         panels[1].scatter([], [], color=color, label=name)
     for name, mark in marks.items():
         panels[1].scatter([], [], color="gray", marker=mark, label=name)
     panels[1].legend(fontsize="small")
-    for panel, title in zip(panels, ("5-NN, points above a random network", "effective rank / full rank R")):
+    titles = "5-NN, points above a random network (shapes: / 4)", "effective rank / full rank R"
+    for panel, title in zip(panels, titles):
         panel.set(xscale="log", xlabel="p(R/4): the price of losing three quarters of the rank", title=title)
         panel.grid(alpha=0.3)
     figure.savefig(HERE / "prices.png", dpi=110)
