@@ -41,6 +41,12 @@ def table(header: list[str], rows: list[list]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
+def accuracy(run: Path) -> list[float]:
+    """Linear top-1 at the published rate, and 5-NN, by linear_eval.py."""
+    results = {line["protocol"]: line["results"] for line in read(run / "results.jsonl")}
+    return [results["features"]["learning rate 0.01"][0], results["knn"]["5 nearest, Euclidean"][0]]
+
+
 def methods() -> str:
     """Every method by its own recipe: linear top-1, 5-NN, ranks, minutes."""
     rows = []
@@ -48,15 +54,25 @@ def methods() -> str:
         seeds = []
         for run in sorted(HERE.glob(f"{name}-[0-9]")):
             config, _, last = logged(run)
-            results = {line["protocol"]: line["results"] for line in read(run / "results.jsonl")}
             speeds = [x["images_per_second"] for x in read(run / "log.jsonl") if "images_per_second" in x]
             minutes = config["images"] * last["epoch"] / statistics.median(speeds) / 60
-            linear = results["features"]["learning rate 0.01"][0]
-            knn = results["knn"]["5 nearest, Euclidean"][0]
-            seeds.append([linear, knn, last["feature_rank"], last["embedding_rank"], minutes])
+            seeds.append([*accuracy(run), last["feature_rank"], last["embedding_rank"], minutes])
         rows.append([title, len(seeds), *map(spread, zip(*seeds))])
     header = "method, seeds, linear top-1, 5-NN, rank of features, rank of embedding, minutes"
     return table(header.split(", "), rows)
+
+
+def release() -> str:
+    """The official release's code beside train.py: linear top-1, 5-NN, the last step's terms of the loss."""
+    rows = []
+    for name, title in (("official", "official release"), ("intl", "train.py")):
+        seeds = []
+        for run in sorted(HERE.glob(f"{name}-[0-9]")):
+            step = next(line for line in reversed(read(run / "log.jsonl")) if "trace" in line)
+            seeds.append([*accuracy(run), step["alignment"], step["trace"]])
+        columns = zip(zip(*seeds), (1, 1, 2, 1))
+        rows.append([title, len(seeds), *[spread(values, digits) for values, digits in columns]])
+    return table("code, seeds, linear top-1, 5-NN, alignment, trace loss".split(", "), rows)
 
 
 def price_cells() -> dict[tuple, list[dict[str, float]]]:
@@ -136,6 +152,6 @@ def draw_prices():
 
 
 if __name__ == "__main__":
-    print(methods(), prices(), small_batches(), sep="\n\n")
+    print(methods(), release(), prices(), small_batches(), sep="\n\n")
     if "--figures" in sys.argv:
         draw_prices()
