@@ -265,7 +265,7 @@ def gather(z: Tensor) -> Tensor:
 
 def undo_ddp_average(loss: Tensor) -> Tensor:
     """The same value, its gradient times the world size."""
-    return loss.detach() + _world_size() * (loss - loss.detach()) if _world_size() > 1 else loss
+    return loss if _world_size() == 1 else loss.detach() + _world_size() * (loss - loss.detach())
 
 
 def _all_views(views: Sequence[Tensor] | Tensor, teacher: Tensor | None, iterations: int = 1) -> list[Tensor]:
@@ -321,7 +321,7 @@ class INTLLoss(nn.Module):
 
     After a call `parts` holds, detached and still on the device, `alignment` (mean 2 - 2 cos, in [0, 4]),
     `trace` (mean over the views that receive gradient) and `score` (their mean variance over its maximum: 1
-    for an equal spectrum of full rank); as floats `floor`, the least trace loss, and `price`, p(R / 4)."""
+    for an equal spectrum of full rank); as floats `floor`, the least trace loss, and `price` (`setting`)."""
 
     def __init__(self, *, iterations: int = 4, axis: str = "channel", beta: float | str | None = None):
         super().__init__()

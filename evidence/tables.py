@@ -2,6 +2,7 @@
 
 PYTHONPATH=. python evidence/tables.py [--figures]; the figures need matplotlib."""
 
+import functools
 import json
 import statistics
 import sys
@@ -41,6 +42,10 @@ def table(header: list[str], rows: list[list]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
+def last_step(run: Path) -> dict:
+    return next(line for line in reversed(read(run / "log.jsonl")) if "trace" in line)
+
+
 def accuracy(run: Path) -> list[float]:
     """Linear top-1 at the published rate, and 5-NN, by linear_eval.py."""
     results = {line["protocol"]: line["results"] for line in read(run / "results.jsonl")}
@@ -68,13 +73,14 @@ def release() -> str:
     for name, title in (("official", "official release"), ("intl", "train.py")):
         seeds = []
         for run in sorted(HERE.glob(f"{name}-[0-9]")):
-            step = next(line for line in reversed(read(run / "log.jsonl")) if "trace" in line)
+            step = last_step(run)
             seeds.append([*accuracy(run), step["alignment"], step["trace"]])
         columns = zip(zip(*seeds), (1, 1, 2, 1))
         rows.append([title, len(seeds), *[spread(values, digits) for values, digits in columns]])
     return table("code, seeds, linear top-1, 5-NN, alignment, trace loss".split(", "), rows)
 
 
+@functools.cache
 def price_cells() -> dict[tuple, list[dict[str, float]]]:
     """The runs of prices.sh by images, axis, teacher, n, T and beta; of each seed what it cost and gave."""
     cells = {}
@@ -85,10 +91,9 @@ def price_cells() -> dict[tuple, list[dict[str, float]]]:
         beta, rank = config["beta"], last["embedding_rank"] / full
         prices = [rank_price(r, n, loss.iterations, beta, full=full, teacher=teacher) for r in (1, full / 4)]
         numbers = {"p(1)": prices[0], "p(R/4)": prices[1], "rank": rank}
-        step = next(line for line in reversed(read(run / "log.jsonl")) if "trace" in line)
+        step = last_step(run)
         numbers["paid"] = (2 - teacher) * beta * (step["trace"] - step["floor"])
-        numbers["5-NN"] = last["knn_top1"]
-        numbers |= {"gain": last["knn_top1"] - first["knn_top1"]}
+        numbers |= {"5-NN": last["knn_top1"], "gain": last["knn_top1"] - first["knn_top1"]}
         balanced = balanced_beta(n, loss.iterations, full=full)
         near = {"published": published, "balanced": balanced}
         names = ", ".join(name for name, value in near.items() if abs(beta / value - 1) < 0.04)
