@@ -1,4 +1,4 @@
-"""Print the tables of evidence/README.md from the logs beside this file, and draw its figure.
+"""Print the tables of evidence/README.md and README.md from the logs beside this file, and draw the figures.
 
 PYTHONPATH=. python evidence/tables.py [--figures]; the figures need matplotlib."""
 
@@ -8,27 +8,62 @@ import statistics
 import sys
 from pathlib import Path
 
+import numpy as np
+
 from intl import INTLLoss, balanced_beta, rank_price
 
 HERE = Path(__file__).parent
+# Folder: title, and the linear top-1 published for 1000 epochs on all of CIFAR-10 with the 3x3 stem: by the
+# methods' own releases; for Barlow Twins and VICReg by solo-learn, whose classifier is trained alongside.
 METHODS = {
-    "intl": "INTL",
-    "cwrgp": "CW-RGP, 2 views",
-    "whiten": "exact whitening, l^-0.5",
-    "power0.45": "l^-0.45",
-    "power0.55": "l^-0.55",
-    "cifar-stem": "INTL, with the papers' stem",
+    "intl": ("INTL", "92.60"),
+    "so": ("INTL with SO", ""),
+    "srip": ("INTL with SRIP", ""),
+    "iternorm": ("IterNorm alone", ""),
+    "none": ("no transformation", ""),
+    "cwrgp": ("CW-RGP, 2 views", "91.92"),
+    "cwrgp4": ("CW-RGP, 4 views", "92.47"),
+    "whiten": ("exact whitening, l^-0.5", ""),
+    "power0.2": ("l^-0.2", ""),
+    "power0.45": ("l^-0.45", ""),
+    "power0.55": ("l^-0.55", ""),
+    "barlow": ("Barlow Twins", "92.10"),
+    "vicreg": ("VICReg", "92.07"),
 }
+RATES = "0.0003", "0.001", "0.003"  # of the last two
+RANKS = "feature_rank", "embedding_rank"
 
 
+@functools.cache
 def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def logged(run: Path) -> tuple[dict, dict, dict]:
-    """Of a run: its configuration, the random network's evaluation, and the last one."""
-    evaluations = [line for line in read(run / "log.jsonl") if "embedding_rank" in line or "knn_top1" in line]
-    return json.loads((run / "config.json").read_text()), evaluations[0], evaluations[-1]
+def evaluations(run: Path) -> list[dict]:
+    """The untrained network's, and those of the training."""
+    return [line for line in read(run / "log.jsonl") if "feature_rank" in line]
+
+
+def last_step(run: Path) -> dict:
+    return [line for line in read(run / "log.jsonl") if "alignment" in line][-1]
+
+
+def accuracy(run: Path, images: int | None = None) -> list[float]:
+    """Linear top-1 at the published rate and 5-NN, by linear_eval.py: its first, or on so many images."""
+    lines = [line for line in read(run / "results.jsonl") if images in (None, line["images"][1])]
+    results = {line["protocol"]: line["results"] for line in reversed(lines)}
+    return [results["features"]["learning rate 0.01"][0], results["knn"]["5 nearest, Euclidean"][0]]
+
+
+def configuration(run: Path) -> dict:
+    return json.loads((run / "config.json").read_text())
+
+
+def seconds(run: Path) -> float:
+    """Of an epoch's training, in the median."""
+    log = read(run / "log.jsonl")
+    speed = statistics.median(line["images_per_second"] for line in log if "images_per_second" in line)
+    return configuration(run)["batch_size"] * log[-1]["step"] / log[-1]["epoch"] / speed
 
 
 def spread(values: list[float], digits: int = 1) -> str:
@@ -37,47 +72,109 @@ def spread(values: list[float], digits: int = 1) -> str:
     return f"{statistics.mean(values):.{digits}f}{deviation}"
 
 
-def table(header: list[str], rows: list[list]) -> str:
+def table(header: str, rows: list[list], runs: list[Path] = ()) -> str:
+    """In Markdown; below it on what `runs` were made, and when."""
+    header = header.split(", ")
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+    text = "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+    if runs:
+        starts = [read(run / "log.jsonl")[0] for run in runs]
+        machines = sorted({start["machine"].removeprefix("1 x ") for start in starts})
+        dates = sorted({start["date"][:10] for start in starts})
+        text += f"\n\n{len(runs)} runs; {'; '.join(machines)}; {' to '.join([dates[0], *dates[1:][-1:]])}."
+    return text
 
 
-def last_step(run: Path) -> dict:
-    return next(line for line in reversed(read(run / "log.jsonl")) if "trace" in line)
+def minutes(run: Path) -> float:
+    """Of training and evaluation."""
+    lines = evaluations(run)
+    return (seconds(run) * lines[-1]["epoch"] + sum(line["seconds"] for line in lines)) / 60
 
 
-def accuracy(run: Path) -> list[float]:
-    """Linear top-1 at the published rate, and 5-NN, by linear_eval.py."""
-    results = {line["protocol"]: line["results"] for line in read(run / "results.jsonl")}
-    return [results["features"]["learning rate 0.01"][0], results["knn"]["5 nearest, Euclidean"][0]]
+def without_a_gpu() -> str:
+    """The default run, and all of CIFAR-10."""
+    rows, runs = [], [HERE / "shapes", HERE / "whole"]
+    for run, images in zip(runs, ("shapes", "CIFAR-10")):
+        first, *_, last = evaluations(run)
+        random = HERE / f"{run.name}-random"
+        for network, folder, line, time in (
+            ("untrained", random, first, ""),
+            ("INTL", run, last, f"{minutes(run):.0f}"),
+        ):
+            numbers = [f"{value:.1f}" for value in (*accuracy(folder), line["feature_rank"])]
+            rows.append([images, network, int(line["epoch"]), *numbers, time])
+    return table("images, network, epochs, linear top-1, 5-NN, rank of features, minutes", rows, runs)
+
+
+@functools.cache
+def method_runs() -> dict[str, list[Path]]:
+    """The seeds of each method; of those with several rates, of each rate."""
+    names = [name + rate for name in METHODS for rate in ("", *(f"-{rate}" for rate in RATES))]
+    found = {name: sorted(HERE.glob(f"{name}-[0-9]")) for name in names}
+    return {name: seeds for name, seeds in found.items() if seeds}
+
+
+def mean_top1(name: str) -> float:
+    return statistics.mean(accuracy(run)[0] for run in method_runs()[name])
 
 
 def methods() -> str:
-    """Every method by its own recipe: linear top-1, 5-NN, ranks, minutes."""
-    rows = []
-    for name, title in METHODS.items():
-        seeds = []
-        for run in sorted(HERE.glob(f"{name}-[0-9]")):
-            config, _, last = logged(run)
-            speeds = [x["images_per_second"] for x in read(run / "log.jsonl") if "images_per_second" in x]
-            minutes = config["images"] * last["epoch"] / statistics.median(speeds) / 60
-            seeds.append([*accuracy(run), last["feature_rank"], last["embedding_rank"], minutes])
-        rows.append([title, len(seeds), *map(spread, zip(*seeds))])
-    header = "method, seeds, linear top-1, 5-NN, rank of features, rank of embedding, minutes"
-    return table(header.split(", "), rows)
+    """Every method by its own recipe."""
+    untrained = map(spread, zip(*map(accuracy, HERE.glob("random-[0-9]"))))
+    rows = [["untrained network", "", 3, *untrained, "", "", "", ""]]
+    for name, seeds in method_runs().items():
+        title, published = METHODS[name.partition("-")[0]]
+        flags = read(seeds[0] / "log.jsonl")[0]["command"].partition("--recipe ")[2]
+        ends = [evaluations(run)[-1] for run in seeds]
+        columns = [*zip(*map(accuracy, seeds)), *([end[key] for end in ends] for key in RANKS)]
+        fastest = f"{min(map(seconds, seeds)):.0f}"
+        rows.append([title, f"`{flags}`", len(seeds), *map(spread, columns), fastest, published])
+    header = (
+        "method, --recipe, seeds, linear top-1, 5-NN, rank of features, of embedding, s / epoch, published"
+    )
+    return table(header, rows, sum(method_runs().values(), []))
 
 
 def release() -> str:
-    """The official release's code beside train.py: linear top-1, 5-NN, the last step's terms of the loss."""
+    """The official release's code beside train.py, on two sets of test images; the last step's terms."""
+    rows, runs = [], []
+    for stem, kind, images in (("", "small", 1000), ("", "small", 10_000), ("-cifar-stem", "3x3", 1000)):
+        for name, title in (("official", "official release"), ("intl", "train.py")):
+            seeds = sorted(HERE.glob(f"{name}{stem}-[0-9]"))
+            columns = [*zip(*(accuracy(run, images) for run in seeds))]
+            columns += [[last_step(run)[key] for run in seeds] for key in ("alignment", "trace")]
+            rows.append([title, kind, images, len(seeds), *map(spread, columns, (1, 1, 2, 1))])
+            runs += seeds
+    header = "code, stem, test images, seeds, linear top-1, 5-NN, alignment, trace loss"
+    return table(header, rows, list(dict.fromkeys(runs)))
+
+
+def rank_correlation(x: list[float], y: list[float]) -> float:
+    """Spearman's: Pearson's of the ranks, ties having the mean of theirs."""
+    ranks = [(v[:, None] > v).sum(1) + (v[:, None] == v).sum(1) / 2 for v in map(np.array, (x, y))]
+    return np.corrcoef(ranks)[0, 1]
+
+
+def correlations() -> str:
+    """Of accuracy with what a run says at its end without labels."""
+    linear = {run: accuracy(run)[0] for seeds in method_runs().values() for run in seeds}
+    newton = {run: value for run, value in linear.items() if "trace" in last_step(run)}
+    settings, fixed = {}, dict(dataset="cifar10", batch_size=256, axis="channel", epochs=10, ema=0.0)
+    for run in (HERE / "prices").iterdir():
+        if fixed.items() <= configuration(run).items():
+            settings[run] = evaluations(run)[-1]["knn_top1"]
+    groups = {"all methods, linear top-1": linear, "those with IterNorm, linear top-1": newton}
+    groups["INTL with other T and beta, 5-NN"] = settings
+
     rows = []
-    for name, title in (("official", "official release"), ("intl", "train.py")):
-        seeds = []
-        for run in sorted(HERE.glob(f"{name}-[0-9]")):
-            step = last_step(run)
-            seeds.append([*accuracy(run), step["alignment"], step["trace"]])
-        columns = zip(zip(*seeds), (1, 1, 2, 1))
-        rows.append([title, len(seeds), *[spread(values, digits) for values, digits in columns]])
-    return table("code, seeds, linear top-1, 5-NN, alignment, trace loss".split(", "), rows)
+    for title, group in groups.items():
+        ends = [evaluations(run)[-1] | last_step(run) for run in group]
+        columns = [[end["alignment"] for end in ends], *([end[key] for end in ends] for key in RANKS)]
+        if group is not linear:
+            columns += [[end["trace"] - end["floor"] for end in ends], [end["score"] for end in ends]]
+        values = [f"{rank_correlation(column, [*group.values()]):.2f}" for column in columns]
+        rows.append([title, len(group), *values, *[""] * (5 - len(values))])
+    return table("runs, number, alignment, rank of features, of embedding, trace - floor, score", rows)
 
 
 @functools.cache
@@ -85,7 +182,7 @@ def price_cells() -> dict[tuple, list[dict[str, float]]]:
     """The runs of prices.sh by images, axis, teacher, n, T and beta; of each seed what it cost and gave."""
     cells = {}
     for run in sorted((HERE / "prices").iterdir()):
-        config, first, last = logged(run)
+        config, (first, *_, last) = configuration(run), evaluations(run)
         teacher, loss = bool(config["ema"]), INTLLoss(axis=config["axis"], iterations=config["iterations"])
         n, full, published, _ = loss.setting(config["batch_size"], config["out"])
         beta, rank = config["beta"], last["embedding_rank"] / full
@@ -114,21 +211,40 @@ def prices() -> str:
         measured += [spread(column["rank"], 2), spread(column["paid"], 2)]
         rows.append([kind, n, T, f"{beta:g} {names}".strip(), len(seeds), *costs, *measured])
     header = "images, n, T, beta, seeds, p(1), p(R/4), 5-NN, gain, rank / R, paid"
-    return table(header.split(", "), rows)
+    return table(header, rows, [*(HERE / "prices").iterdir()])
 
 
-def small_batches() -> str:
-    """The README's: published and balanced beta side by side, CIFAR-10, channel axis."""
-    cells = {(kind, n, T, name): (beta, s) for (kind, n, T, beta, name), s in price_cells().items()}
-    rows = []
-    for n, T in ((16, 4), (32, 4), (256, 3), (256, 2)):
-        row = [n, T]
-        for name in ("published", "balanced"):
-            beta, seeds = cells["CIFAR-10", n, T, name]
-            row += [f"{beta:g}", spread([seed["5-NN"] for seed in seeds])]
-        rows.append(row)
-    header = "batch, T, published beta, 5-NN, balanced beta, 5-NN"
-    return table(header.split(", "), rows)
+def in_short() -> str:
+    """The README's."""
+    top1 = lambda runs, *images: spread([accuracy(run, *images)[0] for run in runs])
+    whole = f"CIFAR-10, small stem, 30 epochs, {minutes(HERE / 'whole'):.0f} minutes: linear top-1"
+    rows = [[whole, top1([HERE / "whole"]), f"untrained network {top1([HERE / 'whole-random'])}"]]
+
+    official = sorted(HERE.glob("official-[0-9]"))
+    row = ["5,000 of its images, 20 epochs", top1(method_runs()["intl"], 10_000)]
+    rows.append([*row, f"the official release's code {top1(official, 10_000)}"])
+
+    row = ["the same, 1,000 test images", top1(method_runs()["intl"])]
+    others = [
+        "cwrgp",
+        *(max((f"{name}-{rate}" for rate in RATES), key=mean_top1) for name in ("barlow", "vicreg")),
+    ]
+    others = [f"{METHODS[name.partition('-')[0]][0]} {top1(method_runs()[name])}" for name in others]
+    rows.append([*row, "; ".join(others)])
+
+    beta = {
+        names: seeds
+        for (kind, n, T, _, names), seeds in price_cells().items()
+        if (kind, n) == ("CIFAR-10", 32)
+    }
+    balanced, published = (spread([seed["5-NN"] for seed in beta[k]]) for k in ("balanced", "published"))
+    rows.append(["batch 32, 10 epochs: 5-NN", balanced, f"with the published beta {published}"])
+
+    lines = (HERE / "losses.txt").read_text().partition("(256, 8192)")[2].splitlines()
+    INTL, _, _, barlow, vicreg = (line.split()[-2] for line in lines[2:7])
+    row = ["time of the loss at (256, 8192) over its bare matrix products", INTL]
+    rows.append([*row, f"Barlow Twins {barlow}, VICReg {vicreg}"])
+    return table("measured here, INTL, beside it", rows)
 
 
 def draw_prices():
@@ -156,7 +272,63 @@ def draw_prices():
     figure.savefig(HERE / "prices.png", dpi=110)
 
 
+def draw_whole():
+    """5-NN and rank over the epochs."""
+    import matplotlib.pyplot as plt
+
+    lines = evaluations(HERE / "whole")
+    figure, panels = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
+    for panel, key, title in zip(
+        panels, ("knn_top1", "feature_rank"), ("5-NN, %", "effective rank of 512 features")
+    ):
+        panel.plot([line["epoch"] for line in lines], [line[key] for line in lines], marker=".")
+        panel.set(xlabel="epoch", title=title)
+        panel.grid(alpha=0.3)
+    figure.savefig(HERE / "whole.png", dpi=110)
+
+
+def draw_spectra():
+    """What each method leaves of the embedding's spectrum."""
+    import matplotlib.pyplot as plt
+
+    figure, panel = plt.subplots(figsize=(9, 3.2), layout="constrained")
+    for name in ("intl", "cwrgp", "whiten", "none", "iternorm"):
+        last = evaluations(HERE / f"{name}-0")[-1]
+        values = np.array(last["spectrum"])[:255]  # of a centred batch
+        label = f"{METHODS[name][0]}\nrank {last['embedding_rank']:.0f}, 5-NN {last['knn_top1']:.0f} %"
+        panel.plot(range(1, len(values) + 1), values / values[0], label=label, linewidth=2)
+    panel.set(xscale="log", yscale="log", ylim=(1e-6, 1.5), xlim=(1, 255))
+    panel.set(
+        title="eigenvalues of the embedding's covariance, over the largest", xlabel="number of the eigenvalue"
+    )
+    panel.grid(alpha=0.3)
+    figure.legend(loc="outside right center")
+    figure.savefig(HERE / "spectra.png", dpi=110)
+
+
+def draw_correlations():
+    """Linear top-1 over the ranks: every run a mark."""
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(8, 3.4), layout="constrained", sharey=True)
+    for i, (name, seeds) in enumerate(method_runs().items()):
+        for panel, key in zip(panels, RANKS):
+            x = [evaluations(run)[-1][key] for run in seeds]
+            marker = "os^"[i // 10]
+            panel.scatter(
+                x, [accuracy(run)[0] for run in seeds], s=16, color=f"C{i % 10}", marker=marker, label=name
+            )
+            panel.set(xscale="log", xlabel=f"effective rank of the {key.removesuffix('_rank')}s")
+            panel.grid(alpha=0.3)
+    panels[0].set(ylabel="linear top-1, %")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize="x-small")
+    figure.savefig(HERE / "ranks.png", dpi=110)
+
+
 if __name__ == "__main__":
-    print(methods(), release(), prices(), small_batches(), sep="\n\n")
+    print(
+        *(block() for block in (without_a_gpu, methods, release, correlations, prices, in_short)), sep="\n\n"
+    )
     if "--figures" in sys.argv:
-        draw_prices()
+        for draw in (draw_whole, draw_spectra, draw_correlations, draw_prices):
+            draw()
