@@ -1,5 +1,5 @@
 #!/bin/sh
-# The runs of evidence/README.md's "Without a GPU", each on one core; from the repository's root. The images of
+# The runs of evidence/README.md's "Without a GPU", after data.sh, each on one core; from the repository's root.
 # data/cifar10's train/ and val/ are CIFAR-10's 50,000 and 10,000 as PNG files (github.com/cyizhuo/CIFAR-10-dataset);
 # torchvision's download has the same, in another order.
 export OMP_NUM_THREADS=1

@@ -1,5 +1,5 @@
 #!/bin/sh
-# The runs of evidence/README.md's "Every method by its own recipe": each on one core, 5 to 12 minutes; from the
+# The runs of evidence/README.md's "Methods side by side", after data.sh: each on one core, 5 to 12 minutes; from the
 # repository's root. data/cifar10_small has 5,000 training and 1,000 test images of CIFAR-10, 500 and 100 a class.
 export OMP_NUM_THREADS=1 PYTHONPATH=.
 data="--data data/cifar10_small --workers 0"

@@ -79,9 +79,10 @@ def table(header: str, rows: list[list], runs: list[Path] = ()) -> str:
     text = "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
     if runs:
         starts = [read(run / "log.jsonl")[0] for run in runs]
-        machines = sorted({start["machine"].removeprefix("1 x ") for start in starts})
+        machines = sorted({start["machine"].split(", ", 1)[1] for start in starts})
         dates = sorted({start["date"][:10] for start in starts})
-        text += f"\n\n{len(runs)} runs; {'; '.join(machines)}; {' to '.join([dates[0], *dates[1:][-1:]])}."
+        dates = f"{dates[0]} to {dates[-1]}" if len(dates) > 1 else dates[0]
+        text += f"\n\n{len(runs)} runs; no GPU; {'; '.join(machines)}; {dates}."
     return text
 
 
@@ -120,8 +121,9 @@ def mean_top1(name: str) -> float:
 
 def methods() -> str:
     """Every method by its own recipe."""
-    untrained = map(spread, zip(*map(accuracy, HERE.glob("random-[0-9]"))))
-    rows = [["untrained network", "", 3, *untrained, "", "", "", ""]]
+    untrained = [*zip(*map(accuracy, HERE.glob("random-[0-9]")))]
+    untrained.append([evaluations(run)[0]["feature_rank"] for run in method_runs()["intl"]])
+    rows = [["untrained network", "", 3, *map(spread, untrained), "", "", ""]]
     for name, seeds in method_runs().items():
         title, published = METHODS[name.partition("-")[0]]
         flags = read(seeds[0] / "log.jsonl")[0]["command"].partition("--recipe ")[2]
@@ -217,16 +219,17 @@ def prices() -> str:
 def in_short() -> str:
     """The README's."""
     top1 = lambda runs, *images: spread([accuracy(run, *images)[0] for run in runs])
-    whole = f"CIFAR-10, small stem, 30 epochs, {minutes(HERE / 'whole'):.0f} minutes: linear top-1"
+    whole = f"linear top-1: all of CIFAR-10, 30 epochs, {minutes(HERE / 'whole'):.0f} minutes on a core"
     rows = [[whole, top1([HERE / "whole"]), f"untrained network {top1([HERE / 'whole-random'])}"]]
 
     official = sorted(HERE.glob("official-[0-9]"))
-    row = ["5,000 of its images, 20 epochs", top1(method_runs()["intl"], 10_000)]
+    row = ["5,000 images of it, 20 epochs; 10,000 test images", top1(method_runs()["intl"], 10_000)]
     rows.append([*row, f"the official release's code {top1(official, 10_000)}"])
 
     row = ["the same, 1,000 test images", top1(method_runs()["intl"])]
     others = [
         "cwrgp",
+        "cwrgp4",
         *(max((f"{name}-{rate}" for rate in RATES), key=mean_top1) for name in ("barlow", "vicreg")),
     ]
     others = [f"{METHODS[name.partition('-')[0]][0]} {top1(method_runs()[name])}" for name in others]
@@ -238,12 +241,12 @@ def in_short() -> str:
         if (kind, n) == ("CIFAR-10", 32)
     }
     balanced, published = (spread([seed["5-NN"] for seed in beta[k]]) for k in ("balanced", "published"))
-    rows.append(["batch 32, 10 epochs: 5-NN", balanced, f"with the published beta {published}"])
+    rows.append(["5-NN: batch 32, 10 epochs", balanced, f"with the published beta {published}"])
 
     lines = (HERE / "losses.txt").read_text().partition("(256, 8192)")[2].splitlines()
-    INTL, _, _, barlow, vicreg = (line.split()[-2] for line in lines[2:7])
-    row = ["time of the loss at (256, 8192) over its bare matrix products", INTL]
-    rows.append([*row, f"Barlow Twins {barlow}, VICReg {vicreg}"])
+    INTL, _, _, barlow, vicreg = (f"{float(line.split()[-3]):.0f}" for line in lines[2:7])
+    row = ["ms of the loss, forward and backward, (256, 8192)", INTL]
+    rows.append([*row, f"Barlow Twins {barlow}; VICReg {vicreg}"])
     return table("measured here, INTL, beside it", rows)
 
 
@@ -314,10 +317,9 @@ def draw_correlations():
     for i, (name, seeds) in enumerate(method_runs().items()):
         for panel, key in zip(panels, RANKS):
             x = [evaluations(run)[-1][key] for run in seeds]
-            marker = "os^"[i // 10]
-            panel.scatter(
-                x, [accuracy(run)[0] for run in seeds], s=16, color=f"C{i % 10}", marker=marker, label=name
-            )
+            y, (kind, _, rate) = [accuracy(run)[0] for run in seeds], name.partition("-")
+            options = dict(s=16, color=f"C{i % 10}", marker="os"[i // 10])
+            panel.scatter(x, y, label=f"{METHODS[kind][0]} {rate}".strip(), **options)
             panel.set(xscale="log", xlabel=f"effective rank of the {key.removesuffix('_rank')}s")
             panel.grid(alpha=0.3)
     panels[0].set(ylabel="linear top-1, %")
