@@ -12,6 +12,9 @@ import numpy as np
 
 from intl import INTLLoss, balanced_beta, rank_price
 
+if "--figures" in sys.argv:
+    import matplotlib.pyplot as plt
+
 HERE = Path(__file__).parent
 # Folder: title, and the linear top-1 published for 1000 epochs on all of CIFAR-10 with the 3x3 stem: by the
 # methods' own releases; for Barlow Twins and VICReg by solo-learn, whose classifier is trained alongside.
@@ -120,10 +123,10 @@ def mean_top1(name: str) -> float:
 
 
 def methods() -> str:
-    """Every method by its own recipe."""
+    """Side by side, each by the recipe that is named."""
     untrained = [*zip(*map(accuracy, HERE.glob("random-[0-9]")))]
     untrained.append([evaluations(run)[0]["feature_rank"] for run in method_runs()["intl"]])
-    rows = [["untrained network", "", 3, *map(spread, untrained), "", "", ""]]
+    rows = [["untrained network", "", len(untrained[0]), *map(spread, untrained), "", "", ""]]
     for name, seeds in method_runs().items():
         title, published = METHODS[name.partition("-")[0]]
         flags = read(seeds[0] / "log.jsonl")[0]["command"].partition("--recipe ")[2]
@@ -252,8 +255,6 @@ def in_short() -> str:
 
 def draw_prices():
     """5-NN beyond a random network's, and rank of the embedding, over the price: every run a mark."""
-    import matplotlib.pyplot as plt
-
     figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     marks = {"CIFAR-10": "o", "shapes": "s", "teacher": "^", "batch axis": "D"}
     for (kind, n, T, _, _), seeds in price_cells().items():
@@ -277,8 +278,6 @@ def draw_prices():
 
 def draw_whole():
     """5-NN and rank over the epochs."""
-    import matplotlib.pyplot as plt
-
     lines = evaluations(HERE / "whole")
     figure, panels = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
     for panel, key, title in zip(
@@ -292,18 +291,14 @@ def draw_whole():
 
 def draw_spectra():
     """What each method leaves of the embedding's spectrum."""
-    import matplotlib.pyplot as plt
-
     figure, panel = plt.subplots(figsize=(9, 3.2), layout="constrained")
     for name in ("intl", "cwrgp", "whiten", "none", "iternorm"):
         last = evaluations(HERE / f"{name}-0")[-1]
         values = np.array(last["spectrum"])[:255]  # of a centred batch
         label = f"{METHODS[name][0]}\nrank {last['embedding_rank']:.0f}, 5-NN {last['knn_top1']:.0f} %"
         panel.plot(range(1, len(values) + 1), values / values[0], label=label, linewidth=2)
-    panel.set(xscale="log", yscale="log", ylim=(1e-6, 1.5), xlim=(1, 255))
-    panel.set(
-        title="eigenvalues of the embedding's covariance, over the largest", xlabel="number of the eigenvalue"
-    )
+    panel.set(xscale="log", yscale="log", ylim=(1e-6, 1.5), xlim=(1, 255), xlabel="number of the eigenvalue")
+    panel.set_title("eigenvalues of the embedding's covariance, over the largest")
     panel.grid(alpha=0.3)
     figure.legend(loc="outside right center")
     figure.savefig(HERE / "spectra.png", dpi=110)
@@ -311,8 +306,6 @@ def draw_spectra():
 
 def draw_correlations():
     """Linear top-1 over the ranks: every run a mark."""
-    import matplotlib.pyplot as plt
-
     figure, panels = plt.subplots(1, 2, figsize=(8, 3.4), layout="constrained", sharey=True)
     for i, (name, seeds) in enumerate(method_runs().items()):
         for panel, key in zip(panels, RANKS):
