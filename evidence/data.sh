@@ -1,6 +1,8 @@
 #!/bin/sh
-# The image folders of the other scripts, from the repository's root: all of CIFAR-10 as PNG files, 5,000 and 1,000 of
-# them (500 and 100 of each class), and these 5,000 with all 10,000 test images.
+# Make the image folders that the other scripts use. Run it from the repository's root.
+#   data/cifar10        all of CIFAR-10 as PNG files, train/ and val/
+#   data/cifar10_small  500 training and 100 test images of each class
+#   data/cifar10_5000   the same training images, and all 10,000 test images
 git clone https://github.com/cyizhuo/CIFAR-10-dataset data/cifar10
 mv data/cifar10/test data/cifar10/val
 mkdir data/cifar10_small data/cifar10_5000

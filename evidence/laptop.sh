@@ -1,7 +1,7 @@
 #!/bin/sh
-# The runs of evidence/README.md's "Without a GPU", after data.sh, each on one core; from the repository's root.
-# data/cifar10's train/ and val/ are CIFAR-10's 50,000 and 10,000 as PNG files (github.com/cyizhuo/CIFAR-10-dataset);
-# torchvision's download has the same, in another order.
+# The runs of "Without a GPU" in evidence/README.md, each on one core. Run data.sh first, then this
+# from the repository's root. torchvision's download of CIFAR-10 has the same images as data/cifar10
+# in another order.
 export OMP_NUM_THREADS=1
 random="python linear_eval.py --random --arch resnet18 --stem small"
 

@@ -1,6 +1,6 @@
 #!/bin/sh
-# The runs of evidence/README.md's "Methods side by side", after data.sh: each on one core, 5 to 12 minutes; from the
-# repository's root. data/cifar10_small has 5,000 training and 1,000 test images of CIFAR-10, 500 and 100 a class.
+# The runs of "Methods side by side" in evidence/README.md: 5 to 12 minutes each on one core. Run
+# data.sh first, then this from the repository's root.
 export OMP_NUM_THREADS=1 PYTHONPATH=.
 data="--data data/cifar10_small --workers 0"
 common="--dataset cifar10 --stem small --epochs 20 --knn-images 5000"
@@ -11,7 +11,7 @@ train() { # name, seed, script, flags
   python linear_eval.py --checkpoint $output/checkpoint.pt $data
 }
 
-baseline() { # loss, rate, seed
+baseline() { # loss, learning rate, seed
   train ${1%-twins}-$2 $3 evidence/baselines.py --recipe cifar10 --loss $1 --optimizer adam --base-lr $2 --weight-decay 1e-6
 }
 
@@ -31,9 +31,9 @@ for seed in 0 1 2; do
 done
 
 for loss in barlow-twins vicreg; do
-  for rate in 0.0003 0.001 0.003; do baseline $loss $rate 0; done
+  for lr in 0.0003 0.001 0.003; do baseline $loss $lr 0; done
 done
-for seed in 1 2; do # the best rate of each
+for seed in 1 2; do # the best learning rate of each
   baseline barlow-twins 0.001 $seed
   baseline vicreg 0.001 $seed
 done

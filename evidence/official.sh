@@ -1,7 +1,7 @@
 #!/bin/sh
-# The runs of evidence/README.md's "The official release beside us", after data.sh and methods.sh: each on one core,
-# 6 minutes, with the 3x3 stem 40; from the repository's root, with a clone of github.com/winci-ai/INTL at commit
-# d4cdfd8 in the folder INTL.
+# The runs of "Comparison with the official release" in evidence/README.md: 6 minutes each on one
+# core, 40 with the 3x3 stem. Run data.sh and methods.sh first, then this from the repository's root,
+# with a clone of github.com/winci-ai/INTL at commit d4cdfd8 in the folder INTL.
 export OMP_NUM_THREADS=1 PYTHONPATH=.
 
 official() { # name, seed, stem

@@ -1,13 +1,14 @@
 #!/bin/sh
-# The runs of evidence/README.md's "Small batches": each on one core, 2 to 9 minutes; from the repository's root.
-# data/cifar10_small holds 5,000 training and 1,000 test images of CIFAR-10, 500 and 100 of each class.
+# The runs of "Small batches, and other T" in evidence/README.md: 1 to 11 minutes each on one core.
+# Run data.sh first, then this from the repository's root. config.json and log.jsonl of each run were
+# copied to evidence/runs/prices.
 export OMP_NUM_THREADS=1
 common="--workers 0 --log-every 50"
 cifar="--recipe cifar10 --data data/cifar10_small --stem small --epochs 10 --knn-images 5000 $common"
 
 train() { # prefix, flags, then n, T, beta, seeds
   prefix=$1 flags=$2 n=$3 T=$4 beta=$5 && shift 5
-  for seed; do # of each run config.json and log.jsonl were copied to evidence/prices
+  for seed; do
     torchrun train.py $flags --batch-size $n --iterations $T --beta $beta --seed $seed \
       --output runs/beta/${prefix}n$n-T$T-beta$beta-$seed
   done

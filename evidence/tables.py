@@ -1,28 +1,32 @@
-"""Print the tables of evidence/README.md and README.md from the logs beside this file, and draw the figures.
+"""Print the tables of README.md and evidence/README.md from the logs in evidence/runs.
 
-PYTHONPATH=. python evidence/tables.py [--figures]; the figures need matplotlib."""
+    PYTHONPATH=. python evidence/tables.py
+
+A test checks that every table printed here stands word for word in one of the two files.
+"""
 
 import functools
 import json
+import re
 import statistics
-import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from intl import INTLLoss, balanced_beta, rank_price
 
-if "--figures" in sys.argv:
-    import matplotlib.pyplot as plt
-
 HERE = Path(__file__).parent
-# Folder: title, and the linear top-1 published for 1000 epochs on all of CIFAR-10 with the 3x3 stem: by the
-# methods' own releases; for Barlow Twins and VICReg by solo-learn, whose classifier is trained alongside.
+RUNS = HERE / "runs"
+
+# Methods of "Methods side by side": the prefix of their runs, their title, and the published linear
+# top-1 after 1000 epochs on all of CIFAR-10 with the 3x3 stem. INTL and CW-RGP are from their own
+# releases, Barlow Twins and VICReg from solo-learn, which trains its classifier alongside.
 METHODS = {
     "intl": ("INTL", "92.60"),
     "so": ("INTL with SO", ""),
     "srip": ("INTL with SRIP", ""),
-    "iternorm": ("IterNorm alone", ""),
+    "iternorm": ("IterNorm without trace loss", ""),
     "none": ("no transformation", ""),
     "cwrgp": ("CW-RGP, 2 views", "91.92"),
     "cwrgp4": ("CW-RGP, 4 views", "92.47"),
@@ -33,297 +37,493 @@ METHODS = {
     "barlow": ("Barlow Twins", "92.10"),
     "vicreg": ("VICReg", "92.07"),
 }
-RATES = "0.0003", "0.001", "0.003"  # of the last two
-RANKS = "feature_rank", "embedding_rank"
+LEARNING_RATES = ("0.0003", "0.001", "0.003")  # tried for Barlow Twins and VICReg
+RANKS = ("feature_rank", "embedding_rank")
+
+# Published CIFAR-10 results of a ResNet-18 with the 3x3 stem: method, epochs, linear top-1, k-NN,
+# classifier, source. All were read in the source on 2026-11-26.
+INTL_RELEASE = "[winci-ai/INTL](https://github.com/winci-ai/INTL/blob/d4cdfd8/README.md)"
+CWRGP_RELEASE = "[winci-ai/CW-RGP](https://github.com/winci-ai/CW-RGP/blob/5bbf6ed/README.md)"
+KOBAK = "[dkobak/simclr-cifar10](https://github.com/dkobak/simclr-cifar10/blob/44b2500/README.md)"
+SOLO = "[solo-learn](https://github.com/vturrisi/solo-learn/blob/9187ea3/README.md)"
+EB_JEPA = (
+    "[facebookresearch/eb_jepa]"
+    "(https://github.com/facebookresearch/eb_jepa/blob/966e61e/examples/image_jepa/README.md)"
+)
+PUBLISHED = [
+    ["INTL", 1000, "92.60", "90.03 (5-NN)", "on stored features", INTL_RELEASE],
+    ["CW-RGP, 2 views", 1000, "91.92", "89.54 (5-NN)", "on stored features", CWRGP_RELEASE],
+    ["SimCLR", 1000, "91.7", "91.4 (10-NN, cosine)", "on stored features", KOBAK],
+    ["SimCLR", 1000, "91.9", "", "with augmentation", KOBAK],
+    ["Barlow Twins", 1000, "92.10", "", "trained alongside", SOLO],
+    ["VICReg", 1000, "92.07", "", "trained alongside", SOLO],
+    ["SIGReg", 300, "91.02", "", "trained alongside, best of a sweep", EB_JEPA],
+    ["VICReg", 300, "90.12", "", "trained alongside, best of a sweep", EB_JEPA],
+]
+
+
+# --- Reading the logs -----------------------------------------------------------------------------
 
 
 @functools.cache
-def read(path: Path) -> list[dict]:
+def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def evaluations(run: Path) -> list[dict]:
-    """The untrained network's, and those of the training."""
-    return [line for line in read(run / "log.jsonl") if "feature_rank" in line]
-
-
-def last_step(run: Path) -> dict:
-    return [line for line in read(run / "log.jsonl") if "alignment" in line][-1]
-
-
-def accuracy(run: Path, images: int | None = None) -> list[float]:
-    """Linear top-1 at the published rate and 5-NN, by linear_eval.py: its first, or on so many images."""
-    lines = [line for line in read(run / "results.jsonl") if images in (None, line["images"][1])]
-    results = {line["protocol"]: line["results"] for line in reversed(lines)}
-    return [results["features"]["learning rate 0.01"][0], results["knn"]["5 nearest, Euclidean"][0]]
-
-
-def configuration(run: Path) -> dict:
+def read_config(run: Path) -> dict:
     return json.loads((run / "config.json").read_text())
 
 
-def seconds(run: Path) -> float:
-    """Of an epoch's training, in the median."""
-    log = read(run / "log.jsonl")
-    speed = statistics.median(line["images_per_second"] for line in log if "images_per_second" in line)
-    return configuration(run)["batch_size"] * log[-1]["step"] / log[-1]["epoch"] / speed
+def first_line(run: Path) -> dict:
+    """The line with the command, the machine and the date."""
+    return read_lines(run / "log.jsonl")[0]
 
 
-def spread(values: list[float], digits: int = 1) -> str:
-    """Mean and, of several seeds, standard deviation."""
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{deviation}"
+def evaluations(run: Path) -> list[dict]:
+    """The evaluations during pretraining; the first is that of the untrained network."""
+    return [line for line in read_lines(run / "log.jsonl") if "feature_rank" in line]
 
 
-def table(header: str, rows: list[list], runs: list[Path] = ()) -> str:
-    """In Markdown; below it on what `runs` were made, and when."""
-    header = header.split(", ")
-    lines = [header, ["---"] * len(header), *rows]
-    text = "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
-    if runs:
-        starts = [read(run / "log.jsonl")[0] for run in runs]
-        machines = sorted({start["machine"].split(", ", 1)[1] for start in starts})
-        dates = sorted({start["date"][:10] for start in starts})
-        dates = f"{dates[0]} to {dates[-1]}" if len(dates) > 1 else dates[0]
-        text += f"\n\n{len(runs)} runs; no GPU; {'; '.join(machines)}; {dates}."
-    return text
+def logged_steps(run: Path) -> list[dict]:
+    return [line for line in read_lines(run / "log.jsonl") if "images_per_second" in line]
+
+
+def results(run: Path, protocol: str, test_images: int | None = None) -> dict[str, list[float]]:
+    """Name -> [top-1, top-5] of the first evaluation by linear_eval.py (on so many test images)."""
+    for line in read_lines(run / "results.jsonl"):
+        if line["protocol"] == protocol and test_images in (None, line["images"][1]):
+            return line["results"]
+    raise KeyError(f"{run} has no results of {protocol} on {test_images} images")
+
+
+def linear_top1(run: Path, test_images: int | None = None) -> float:
+    """At the published learning rate."""
+    return results(run, "features", test_images)["learning rate 0.01"][0]
+
+
+def knn_top1(run: Path, test_images: int | None = None, kind="5 nearest, Euclidean") -> float:
+    return results(run, "knn", test_images)[kind][0]
+
+
+def images_per_second(run: Path) -> float:
+    """The median over the logged intervals."""
+    return statistics.median(line["images_per_second"] for line in logged_steps(run))
+
+
+def seconds_per_epoch(run: Path) -> float:
+    last = logged_steps(run)[-1]
+    steps_per_epoch = last["step"] / last["epoch"]
+    return read_config(run)["batch_size"] * steps_per_epoch / images_per_second(run)
 
 
 def minutes(run: Path) -> float:
-    """Of training and evaluation."""
-    lines = evaluations(run)
-    return (seconds(run) * lines[-1]["epoch"] + sum(line["seconds"] for line in lines)) / 60
+    """Training, compilation included, and the evaluations on the way."""
+    batch_size = read_config(run)["batch_size"]
+    seconds = sum(line["seconds"] for line in evaluations(run))
+    previous_step = 0
+    for line in logged_steps(run):
+        images = (line["step"] - previous_step) * batch_size
+        seconds += images / line["images_per_second"]
+        previous_step = line["step"]
+    return seconds / 60
+
+
+# --- Writing Markdown -----------------------------------------------------------------------------
+
+
+def mean_std(values: list[float], digits: int = 1) -> str:
+    """The mean and, for several seeds, the standard deviation."""
+    text = f"{statistics.mean(values):.{digits}f}"
+    if len(values) > 1:
+        text += f" ± {statistics.stdev(values):.{digits}f}"
+    return text
+
+
+def write_minutes(run: Path) -> str:
+    digits = 1 if minutes(run) < 10 else 0
+    return f"{minutes(run):.{digits}f} minutes"
+
+
+def table(header: list[str], rows: list[list]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
+
+
+def provenance(runs: list[Path]) -> str:
+    """How many runs, on which machines, when."""
+    machines = set()
+    dates = set()
+    for run in runs:
+        machine = first_line(run)["machine"]
+        machines.add(machine.replace("1 x no GPU", "CPU").replace(" 1 threads", " 1 thread"))
+        dates.add(first_line(run)["date"][:10])
+    period = min(dates)
+    if len(dates) > 1:
+        period += f" to {max(dates)}"
+    noun = "run" if len(runs) == 1 else "runs"
+    return f"{len(runs)} {noun}; {'; '.join(sorted(machines))}; {period}."
+
+
+# --- The tables of README.md ----------------------------------------------------------------------
+
+
+def readme_results() -> str:
+    """Linear top-1 of INTL on CIFAR-10's 10,000 test images, with what it may be compared with."""
+    gpu = gpu_runs()[-1]
+    cpu = RUNS / "whole"
+    untrained = linear_top1(RUNS / "whole-random")
+    small = method_runs()["intl"]
+    official = sorted(RUNS.glob("official-[0-9]"))
+    official_top1 = mean_std([linear_top1(run, 10_000) for run in official])
+
+    rows = [
+        [
+            "50,000 images, 3x3 stem",
+            f"1 {gpu_name(gpu)}, {write_minutes(gpu)}",
+            read_config(gpu)["epochs"],
+            1,
+            f"{linear_top1(gpu):.1f}",
+            f"published, 1000 epochs: {METHODS['intl'][1]}",
+        ],
+        [
+            "50,000 images, small stem",
+            f"1 CPU core, {write_minutes(cpu)}",
+            read_config(cpu)["epochs"],
+            1,
+            f"{linear_top1(cpu):.1f}",
+            f"untrained network: {untrained:.1f}",
+        ],
+        [
+            "5,000 images, small stem",
+            f"1 CPU core, {write_minutes(small[0])}",
+            read_config(small[0])["epochs"],
+            len(small),
+            mean_std([linear_top1(run, 10_000) for run in small]),
+            f"official code, same setting, {len(official)} seeds: {official_top1}",
+        ],
+    ]
+    header = ["INTL, ResNet-18, CIFAR-10", "hardware", "epochs", "seeds"]
+    return table([*header, "linear top-1", "for comparison"], rows)
+
+
+# --- The tables of evidence/README.md -------------------------------------------------------------
+
+
+def gpu_runs() -> list[Path]:
+    runs = RUNS.glob("cifar10-[0-9]*")
+    return sorted(runs, key=lambda run: read_config(run)["epochs"])
+
+
+def gpu_name(run: Path) -> str:
+    """NVIDIA H200 from "1 x NVIDIA H200, 16 threads, torch 2.11.0+cu130"."""
+    return first_line(run)["machine"].partition(",")[0].removeprefix("1 x ")
+
+
+def on_a_gpu() -> str:
+    rows = []
+    for run in gpu_runs():
+        speed = round(images_per_second(run), -2)
+        top1 = [linear_top1(run), knn_top1(run), knn_top1(run, kind="20 nearest, cosine")]
+        rows.append(
+            [
+                read_config(run)["epochs"],
+                f"{minutes(run):.1f}",
+                f"{speed:,.0f}",
+                *(f"{value:.2f}" for value in top1),
+            ]
+        )
+    header = ["epochs", "minutes", "images/s", "linear top-1", "5-NN", "20-NN, cosine"]
+    return f"{table(header, rows)}\n\n{provenance(gpu_runs())}"
+
+
+def published() -> str:
+    header = ["method", "epochs", "linear top-1", "k-NN", "linear classifier", "source"]
+    return table(header, PUBLISHED)
+
+
+def step_speed() -> str:
+    """Throughput by how a step is launched; of these runs only the printed lines were kept."""
+    titles = {
+        "eager": "commit 94cc625",
+        "compiled": "commit 94cc625, `--compile`",
+        "captured": "`--compile`, step captured in a CUDA graph (prototype)",
+    }
+    rows = []
+    for name, title in titles.items():
+        text = (RUNS / f"gpu-step-{name}" / "log.txt").read_text()
+        batch_size = int(re.search(r"batch_size (\d+)", text)[1])
+        speeds = [float(number) for number in re.findall(r"images_per_second (\S+)", text)]
+        speed = statistics.median(speeds[1:])  # the first interval compiles and warms up
+        rows.append([title, f"{round(speed, -2):,.0f}", f"{1000 * batch_size / speed:.1f}"])
+    return table(["recipe `cifar10`, batch 256", "images/s", "ms per step"], rows)
 
 
 def without_a_gpu() -> str:
     """The default run, and all of CIFAR-10."""
-    rows, runs = [], [HERE / "shapes", HERE / "whole"]
-    for run, images in zip(runs, ("shapes", "CIFAR-10")):
-        first, *_, last = evaluations(run)
-        random = HERE / f"{run.name}-random"
-        for network, folder, line, time in (
-            ("untrained", random, first, ""),
-            ("INTL", run, last, f"{minutes(run):.0f}"),
-        ):
-            numbers = [f"{value:.1f}" for value in (*accuracy(folder), line["feature_rank"])]
-            rows.append([images, network, int(line["epoch"]), *numbers, time])
-    return table("images, network, epochs, linear top-1, 5-NN, rank of features, minutes", rows, runs)
+    header = ["images", "network", "epochs", "linear top-1", "5-NN", "rank of features", "minutes"]
+    rows = []
+    for name, images in (("shapes", "shapes"), ("whole", "CIFAR-10")):
+        run = RUNS / name
+        random = RUNS / f"{name}-random"
+        first = evaluations(run)[0]
+        last = evaluations(run)[-1]
+        numbers = [linear_top1(random), knn_top1(random), first["feature_rank"]]
+        rows.append([images, "untrained", 0, *(f"{value:.1f}" for value in numbers), ""])
+        numbers = [linear_top1(run), knn_top1(run), last["feature_rank"]]
+        epochs = read_config(run)["epochs"]
+        rows.append(
+            [images, "INTL", epochs, *(f"{value:.1f}" for value in numbers), f"{minutes(run):.0f}"]
+        )
+    return f"{table(header, rows)}\n\n{provenance([RUNS / 'shapes', RUNS / 'whole'])}"
 
 
 @functools.cache
 def method_runs() -> dict[str, list[Path]]:
-    """The seeds of each method; of those with several rates, of each rate."""
-    names = [name + rate for name in METHODS for rate in ("", *(f"-{rate}" for rate in RATES))]
-    found = {name: sorted(HERE.glob(f"{name}-[0-9]")) for name in names}
-    return {name: seeds for name, seeds in found.items() if seeds}
+    """The seeds of each method, and of each learning rate of those with several."""
+    runs = {}
+    for method in METHODS:
+        for name in (method, *(f"{method}-{rate}" for rate in LEARNING_RATES)):
+            seeds = sorted(RUNS.glob(f"{name}-[0-9]"))
+            if seeds:
+                runs[name] = seeds
+    return runs
 
 
-def mean_top1(name: str) -> float:
-    return statistics.mean(accuracy(run)[0] for run in method_runs()[name])
+def all_method_runs() -> list[Path]:
+    return [run for seeds in method_runs().values() for run in seeds]
 
 
 def methods() -> str:
-    """Side by side, each by the recipe that is named."""
-    untrained = [*zip(*map(accuracy, HERE.glob("random-[0-9]")))]
-    untrained.append([evaluations(run)[0]["feature_rank"] for run in method_runs()["intl"]])
-    rows = [["untrained network", "", len(untrained[0]), *map(spread, untrained), "", "", ""]]
+    """Methods side by side, each with the recipe that is named."""
+    random = sorted(RUNS.glob("random-[0-9]"))
+    random_ranks = [evaluations(run)[0]["feature_rank"] for run in method_runs()["intl"]]
+    random_columns = [
+        mean_std([linear_top1(run) for run in random]),
+        mean_std([knn_top1(run) for run in random]),
+        mean_std(random_ranks),
+    ]
+    rows = [["untrained network", "", len(random), *random_columns, "", "", ""]]
+
     for name, seeds in method_runs().items():
-        title, published = METHODS[name.partition("-")[0]]
-        flags = read(seeds[0] / "log.jsonl")[0]["command"].partition("--recipe ")[2]
-        ends = [evaluations(run)[-1] for run in seeds]
-        columns = [*zip(*map(accuracy, seeds)), *([end[key] for end in ends] for key in RANKS)]
-        fastest = f"{min(map(seconds, seeds)):.0f}"
-        rows.append([title, f"`{flags}`", len(seeds), *map(spread, columns), fastest, published])
-    header = (
-        "method, --recipe, seeds, linear top-1, 5-NN, rank of features, of embedding, s / epoch, published"
-    )
-    return table(header, rows, sum(method_runs().values(), []))
+        title, published_top1 = METHODS[name.partition("-")[0]]
+        flags = first_line(seeds[0])["command"].partition("--recipe ")[2]
+        rows.append(
+            [
+                title,
+                f"`{flags}`",
+                len(seeds),
+                mean_std([linear_top1(run) for run in seeds]),
+                mean_std([knn_top1(run) for run in seeds]),
+                *(mean_std([evaluations(run)[-1][rank] for run in seeds]) for rank in RANKS),
+                f"{min(seconds_per_epoch(run) for run in seeds):.0f}",
+                published_top1,
+            ]
+        )
+
+    header = ["method", "--recipe", "seeds", "linear top-1", "5-NN", "rank of features"]
+    header += ["rank of embedding", "s / epoch", "published"]
+    return f"{table(header, rows)}\n\n{provenance(all_method_runs())}"
 
 
 def release() -> str:
-    """The official release's code beside train.py, on two sets of test images; the last step's terms."""
-    rows, runs = [], []
-    for stem, kind, images in (("", "small", 1000), ("", "small", 10_000), ("-cifar-stem", "3x3", 1000)):
+    """The official release's code and train.py, on two sets of test images."""
+    settings = [("", "small", 1000), ("", "small", 10_000), ("-cifar-stem", "3x3", 1000)]
+    rows = []
+    runs = []
+    for suffix, stem, test_images in settings:
         for name, title in (("official", "official release"), ("intl", "train.py")):
-            seeds = sorted(HERE.glob(f"{name}{stem}-[0-9]"))
-            columns = [*zip(*(accuracy(run, images) for run in seeds))]
-            columns += [[last_step(run)[key] for run in seeds] for key in ("alignment", "trace")]
-            rows.append([title, kind, images, len(seeds), *map(spread, columns, (1, 1, 2, 1))])
-            runs += seeds
-    header = "code, stem, test images, seeds, linear top-1, 5-NN, alignment, trace loss"
-    return table(header, rows, list(dict.fromkeys(runs)))
+            seeds = sorted(RUNS.glob(f"{name}{suffix}-[0-9]"))
+            last = [last_terms(run) for run in seeds]
+            rows.append(
+                [
+                    title,
+                    stem,
+                    f"{test_images:,}",
+                    len(seeds),
+                    mean_std([linear_top1(run, test_images) for run in seeds]),
+                    mean_std([knn_top1(run, test_images) for run in seeds]),
+                    mean_std([line["alignment"] for line in last], digits=2),
+                    mean_std([line["trace"] for line in last]),
+                ]
+            )
+            runs += [run for run in seeds if run not in runs]
+
+    header = ["code", "stem", "test images", "seeds", "linear top-1", "5-NN", "alignment"]
+    return f"{table([*header, 'trace loss'], rows)}\n\n{provenance(runs)}"
+
+
+def last_terms(run: Path) -> dict:
+    """The terms of the loss in the last logged step."""
+    return [line for line in read_lines(run / "log.jsonl") if "alignment" in line][-1]
 
 
 def rank_correlation(x: list[float], y: list[float]) -> float:
-    """Spearman's: Pearson's of the ranks, ties having the mean of theirs."""
-    ranks = [(v[:, None] > v).sum(1) + (v[:, None] == v).sum(1) / 2 for v in map(np.array, (x, y))]
+    """Spearman's: Pearson's correlation of the ranks, where ties share their mean rank."""
+    ranks = []
+    for values in (np.array(x), np.array(y)):
+        smaller = (values[:, None] > values).sum(1)
+        equal = (values[:, None] == values).sum(1)
+        ranks.append(smaller + equal / 2)
     return np.corrcoef(ranks)[0, 1]
 
 
 def correlations() -> str:
-    """Of accuracy with what a run says at its end without labels."""
-    linear = {run: accuracy(run)[0] for seeds in method_runs().values() for run in seeds}
-    newton = {run: value for run, value in linear.items() if "trace" in last_step(run)}
-    settings, fixed = {}, dict(dataset="cifar10", batch_size=256, axis="channel", epochs=10, ema=0.0)
-    for run in (HERE / "prices").iterdir():
-        if fixed.items() <= configuration(run).items():
+    """Rank correlation of accuracy with label-free measurements at the end of a run."""
+    linear = {run: linear_top1(run) for run in all_method_runs()}
+    with_iternorm = {run: top1 for run, top1 in linear.items() if "trace" in last_terms(run)}
+    settings = {}  # runs that differ only in T and beta
+    for run in (RUNS / "prices").iterdir():
+        config = read_config(run)
+        same = config["dataset"] == "cifar10" and config["batch_size"] == 256
+        if same and config["axis"] == "channel" and config["epochs"] == 10 and not config["ema"]:
             settings[run] = evaluations(run)[-1]["knn_top1"]
-    groups = {"all methods, linear top-1": linear, "those with IterNorm, linear top-1": newton}
-    groups["INTL with other T and beta, 5-NN"] = settings
 
+    groups = [
+        ("all methods, linear top-1", linear),
+        ("methods with IterNorm, linear top-1", with_iternorm),
+        ("INTL with other T and beta, 5-NN", settings),
+    ]
     rows = []
-    for title, group in groups.items():
-        ends = [evaluations(run)[-1] | last_step(run) for run in group]
-        columns = [[end["alignment"] for end in ends], *([end[key] for end in ends] for key in RANKS)]
-        if group is not linear:
-            columns += [[end["trace"] - end["floor"] for end in ends], [end["score"] for end in ends]]
-        values = [f"{rank_correlation(column, [*group.values()]):.2f}" for column in columns]
-        rows.append([title, len(group), *values, *[""] * (5 - len(values))])
-    return table("runs, number, alignment, rank of features, of embedding, trace - floor, score", rows)
+    for title, accuracy in groups:
+        terms = [last_terms(run) for run in accuracy]
+        measurements = [[line["alignment"] for line in terms]]
+        for rank in RANKS:
+            measurements.append([evaluations(run)[-1][rank] for run in accuracy])
+        if accuracy is not linear:  # only IterNorm has a trace loss
+            measurements.append([line["trace"] - line["floor"] for line in terms])
+            measurements.append([line["score"] for line in terms])
+        cells = [f"{rank_correlation(x, list(accuracy.values())):.2f}" for x in measurements]
+        while len(cells) < 5:
+            cells.append("")
+        rows.append([title, len(accuracy), *cells])
+
+    header = ["runs", "number", "alignment", "rank of features", "rank of embedding"]
+    return table([*header, "trace - floor", "score"], rows)
+
+
+class PriceCell(NamedTuple):
+    """What the seeds of a row in "Small batches, and other T" have in common."""
+
+    images: str
+    n: int
+    iterations: int
+    beta: float
+    names: str  # published, balanced, both, or neither
+
+
+def describe_images(config: dict) -> str:
+    parts = ["shapes" if config["dataset"] == "shapes" else "CIFAR-10"]
+    if config["axis"] == "batch":
+        parts.append("batch axis")
+    if config["ema"]:
+        parts.append("teacher")
+    if config["epochs"] == 30:
+        parts.append("30 epochs")
+    return ", ".join(parts)
 
 
 @functools.cache
-def price_cells() -> dict[tuple, list[dict[str, float]]]:
-    """The runs of prices.sh by images, axis, teacher, n, T and beta; of each seed what it cost and gave."""
+def price_cells() -> dict[PriceCell, list[dict[str, float]]]:
+    """The runs of prices.sh; for each seed the price of lost rank and what was measured."""
     cells = {}
-    for run in sorted((HERE / "prices").iterdir()):
-        config, (first, *_, last) = configuration(run), evaluations(run)
-        teacher, loss = bool(config["ema"]), INTLLoss(axis=config["axis"], iterations=config["iterations"])
-        n, full, published, _ = loss.setting(config["batch_size"], config["out"])
-        beta, rank = config["beta"], last["embedding_rank"] / full
-        prices = [rank_price(r, n, loss.iterations, beta, full=full, teacher=teacher) for r in (1, full / 4)]
-        numbers = {"p(1)": prices[0], "p(R/4)": prices[1], "rank": rank}
-        step = last_step(run)
-        numbers["paid"] = (2 - teacher) * beta * (step["trace"] - step["floor"])
-        numbers |= {"5-NN": last["knn_top1"], "gain": last["knn_top1"] - first["knn_top1"]}
-        balanced = balanced_beta(n, loss.iterations, full=full)
-        near = {"published": published, "balanced": balanced}
-        names = ", ".join(name for name, value in near.items() if abs(beta / value - 1) < 0.04)
-        images = "shapes" if config["dataset"] == "shapes" else "CIFAR-10"
-        kind = images + ", batch axis" * (loss.axis == "batch") + ", teacher" * teacher
-        kind += ", 30 epochs" * (config["epochs"] == 30)
-        cells.setdefault((kind, n, loss.iterations, beta, names), []).append(numbers)
+    for run in sorted((RUNS / "prices").iterdir()):
+        config = read_config(run)
+        first = evaluations(run)[0]
+        last = evaluations(run)[-1]
+        terms = last_terms(run)
+        T = config["iterations"]
+        beta = config["beta"]
+        teacher = bool(config["ema"])
+        views_with_trace_loss = 1 if teacher else 2
+
+        loss = INTLLoss(axis=config["axis"], iterations=T)
+        setting = loss.setting(config["batch_size"], config["out"])
+        n = setting.n
+        full_rank = setting.full_rank
+        known_betas = {
+            "published": setting.beta,
+            "balanced": balanced_beta(n, T, full=full_rank),
+        }
+        names = [name for name, value in known_betas.items() if abs(beta / value - 1) < 0.04]
+
+        seed = {
+            "p(1)": rank_price(1, n, T, beta, full=full_rank, teacher=teacher),
+            "p(R/4)": rank_price(full_rank / 4, n, T, beta, full=full_rank, teacher=teacher),
+            "rank": last["embedding_rank"] / full_rank,
+            "paid": views_with_trace_loss * beta * (terms["trace"] - terms["floor"]),
+            "5-NN": last["knn_top1"],
+            "gain": last["knn_top1"] - first["knn_top1"],
+        }
+        cell = PriceCell(describe_images(config), n, T, beta, ", ".join(names))
+        cells.setdefault(cell, []).append(seed)
     return dict(sorted(cells.items()))
 
 
 def prices() -> str:
-    """What rank costs, and what came of it."""
+    """The price of lost rank, and the outcome."""
     rows = []
-    for (kind, n, T, beta, names), seeds in price_cells().items():
-        column = {name: [seed[name] for seed in seeds] for name in seeds[0]}
-        costs = [f"{column[name][0]:.2f}" for name in ("p(1)", "p(R/4)")]
-        measured = [spread(column["5-NN"]), spread(column["gain"])]
-        measured += [spread(column["rank"], 2), spread(column["paid"], 2)]
-        rows.append([kind, n, T, f"{beta:g} {names}".strip(), len(seeds), *costs, *measured])
-    header = "images, n, T, beta, seeds, p(1), p(R/4), 5-NN, gain, rank / R, paid"
-    return table(header, rows, [*(HERE / "prices").iterdir()])
+    for cell, seeds in price_cells().items():
+        rows.append(
+            [
+                cell.images,
+                cell.n,
+                cell.iterations,
+                f"{cell.beta:g} {cell.names}".strip(),
+                len(seeds),
+                f"{seeds[0]['p(1)']:.2f}",
+                f"{seeds[0]['p(R/4)']:.2f}",
+                mean_std([seed["5-NN"] for seed in seeds]),
+                mean_std([seed["gain"] for seed in seeds]),
+                mean_std([seed["rank"] for seed in seeds], digits=2),
+                mean_std([seed["paid"] for seed in seeds], digits=2),
+            ]
+        )
+    header = ["images", "n", "T", "beta", "seeds", "p(1)", "p(R/4)", "5-NN", "gain", "rank / R"]
+    runs = list((RUNS / "prices").iterdir())
+    return f"{table([*header, 'paid'], rows)}\n\n{provenance(runs)}"
 
 
-def in_short() -> str:
-    """The README's."""
-    top1 = lambda runs, *images: spread([accuracy(run, *images)[0] for run in runs])
-    whole = f"linear top-1: all of CIFAR-10, 30 epochs, {minutes(HERE / 'whole'):.0f} minutes on a core"
-    rows = [[whole, top1([HERE / "whole"]), f"untrained network {top1([HERE / 'whole-random'])}"]]
-
-    official = sorted(HERE.glob("official-[0-9]"))
-    row = ["5,000 images of it, 20 epochs; 10,000 test images", top1(method_runs()["intl"], 10_000)]
-    rows.append([*row, f"the official release's code {top1(official, 10_000)}"])
-
-    row = ["the same, 1,000 test images", top1(method_runs()["intl"])]
-    others = [
-        "cwrgp",
-        "cwrgp4",
-        *(max((f"{name}-{rate}" for rate in RATES), key=mean_top1) for name in ("barlow", "vicreg")),
-    ]
-    others = [f"{METHODS[name.partition('-')[0]][0]} {top1(method_runs()[name])}" for name in others]
-    rows.append([*row, "; ".join(others)])
-
-    beta = {
-        names: seeds
-        for (kind, n, T, _, names), seeds in price_cells().items()
-        if (kind, n) == ("CIFAR-10", 32)
-    }
-    balanced, published = (spread([seed["5-NN"] for seed in beta[k]]) for k in ("balanced", "published"))
-    rows.append(["5-NN: batch 32, 10 epochs", balanced, f"with the published beta {published}"])
-
-    lines = (HERE / "losses.txt").read_text().partition("(256, 8192)")[2].splitlines()
-    INTL, _, _, barlow, vicreg = (f"{float(line.split()[-3]):.0f}" for line in lines[2:7])
-    row = ["ms of the loss, forward and backward, (256, 8192)", INTL]
-    rows.append([*row, f"Barlow Twins {barlow}; VICReg {vicreg}"])
-    return table("measured here, INTL, beside it", rows)
+@functools.cache
+def loss_times() -> tuple[str, dict[str, dict[str, list[float]]]]:
+    """From losses.txt: the threads; for each size and loss ms, ratio to the products, memory."""
+    lines = (HERE / "losses.txt").read_text().splitlines()
+    threads = int(re.search(r"(\d+) CPU thread", lines[0])[1])
+    times = {}
+    for line in lines[1:]:
+        fields = re.split(r" {2,}", line.strip())
+        if line.startswith("(m, d) = "):
+            size = fields[0].removeprefix("(m, d) = ")
+            times[size] = {}
+        elif line:
+            times[size][fields[0]] = [float(field) for field in fields[1:]]
+    return ("1 CPU thread" if threads == 1 else f"{threads} CPU threads"), times
 
 
-def draw_prices():
-    """5-NN beyond a random network's, and rank of the embedding, over the price: every run a mark."""
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    marks = {"CIFAR-10": "o", "shapes": "s", "teacher": "^", "batch axis": "D"}
-    for (kind, n, T, _, _), seeds in price_cells().items():
-        mark = marks[kind.removesuffix(", 30 epochs").split(", ")[-1]]
-        color = "C0" if (n, T) == (256, 4) else "C1" if T == 4 and n < 256 else "C2" if T == 4 else "C3"
-        options = dict(color=color, marker=mark, s=22, alpha=0.8, linewidths=0)
-        for seed in seeds:
-            panels[0].scatter(seed["p(R/4)"], seed["gain"] / (4 if kind == "shapes" else 1), **options)
-            panels[1].scatter(seed["p(R/4)"], seed["rank"], **options)
-    for name, color in (("n < 256", "C1"), ("n = 256", "C0"), ("n > 256", "C2"), ("T = 2, 3, 5, 7", "C3")):
-        panels[1].scatter([], [], color=color, label=name)
-    for name, mark in marks.items():
-        panels[1].scatter([], [], color="gray", marker=mark, label=name)
-    panels[1].legend(fontsize="small")
-    titles = "5-NN, points above a random network (shapes: / 4)", "effective rank / full rank R"
-    for panel, title in zip(panels, titles):
-        panel.set(xscale="log", xlabel="p(R/4): the price of losing three quarters of the rank", title=title)
-        panel.grid(alpha=0.3)
-    figure.savefig(HERE / "prices.png", dpi=110)
-
-
-def draw_whole():
-    """5-NN and rank over the epochs."""
-    lines = evaluations(HERE / "whole")
-    figure, panels = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
-    for panel, key, title in zip(
-        panels, ("knn_top1", "feature_rank"), ("5-NN, %", "effective rank of 512 features")
-    ):
-        panel.plot([line["epoch"] for line in lines], [line[key] for line in lines], marker=".")
-        panel.set(xlabel="epoch", title=title)
-        panel.grid(alpha=0.3)
-    figure.savefig(HERE / "whole.png", dpi=110)
-
-
-def draw_spectra():
-    """What each method leaves of the embedding's spectrum."""
-    figure, panel = plt.subplots(figsize=(9, 3.2), layout="constrained")
-    for name in ("intl", "cwrgp", "whiten", "none", "iternorm"):
-        last = evaluations(HERE / f"{name}-0")[-1]
-        values = np.array(last["spectrum"])[:255]  # of a centred batch
-        label = f"{METHODS[name][0]}\nrank {last['embedding_rank']:.0f}, 5-NN {last['knn_top1']:.0f} %"
-        panel.plot(range(1, len(values) + 1), values / values[0], label=label, linewidth=2)
-    panel.set(xscale="log", yscale="log", ylim=(1e-6, 1.5), xlim=(1, 255), xlabel="number of the eigenvalue")
-    panel.set_title("eigenvalues of the embedding's covariance, over the largest")
-    panel.grid(alpha=0.3)
-    figure.legend(loc="outside right center")
-    figure.savefig(HERE / "spectra.png", dpi=110)
-
-
-def draw_correlations():
-    """Linear top-1 over the ranks: every run a mark."""
-    figure, panels = plt.subplots(1, 2, figsize=(8, 3.4), layout="constrained", sharey=True)
-    for i, (name, seeds) in enumerate(method_runs().items()):
-        for panel, key in zip(panels, RANKS):
-            x = [evaluations(run)[-1][key] for run in seeds]
-            y, (kind, _, rate) = [accuracy(run)[0] for run in seeds], name.partition("-")
-            options = dict(s=16, color=f"C{i % 10}", marker="os"[i // 10])
-            panel.scatter(x, y, label=f"{METHODS[kind][0]} {rate}".strip(), **options)
-            panel.set(xscale="log", xlabel=f"effective rank of the {key.removesuffix('_rank')}s")
-            panel.grid(alpha=0.3)
-    panels[0].set(ylabel="linear top-1, %")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize="x-small")
-    figure.savefig(HERE / "ranks.png", dpi=110)
+def losses() -> str:
+    """Time and memory of all losses."""
+    threads, times = loss_times()
+    header = [f"ms on {threads} (ratio to the products; memory)", *times]
+    rows = []
+    for name in next(iter(times.values())):
+        cells = []
+        for size in times:
+            ms, multiple, memory = times[size][name]
+            cells.append(f"{ms:.0f} ({multiple:.2f}; {memory:.0f})")
+        rows.append([name, *cells])
+    return table(header, rows)
 
 
 if __name__ == "__main__":
-    print(
-        *(block() for block in (without_a_gpu, methods, release, correlations, prices, in_short)), sep="\n\n"
-    )
-    if "--figures" in sys.argv:
-        for draw in (draw_whole, draw_spectra, draw_correlations, draw_prices):
-            draw()
+    blocks = [
+        readme_results,
+        on_a_gpu,
+        published,
+        step_speed,
+        without_a_gpu,
+        methods,
+        release,
+        correlations,
+        prices,
+        losses,
+    ]
+    print("\n\n".join(block() for block in blocks))
