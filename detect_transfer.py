@@ -16,6 +16,7 @@ the same command to resume.
 
 import argparse
 import contextlib
+import gc
 import json
 import math
 import os
@@ -212,10 +213,9 @@ def write_shapes(folder: Path, seed: int, counts: dict[str, int]):
 def find_split(root: Path, split: str, year: str | None) -> tuple[Path, Path]:
     """The annotation file and the image folder of a split: of this year, or without one. If no year
     is asked for, there must be only one. The folder never has another year than the file."""
+    choices = [[split, f"{split}20??"], [f"{split}*"]]
     if year:
         choices = [[f"{split}{year}"], [split]]
-    else:
-        choices = [[split, f"{split}[12][0-9][0-9][0-9]"], [f"{split}*"]]
     file = find_path(root, [[f"annotations/instances_{name}.json" for name in c] for c in choices])
 
     name = file.stem.removeprefix("instances_")  # e.g. train2017, or train
@@ -247,6 +247,7 @@ def read_coco(file: Path) -> COCO:
     does not check: it takes a polygon of four numbers for a box, and NaNs, coordinates far outside
     the image or wrong run lengths give a wrong mask, an endless loop or a crash, hours later."""
     coco = COCO()
+    gc.disable()  # otherwise half of the time: it visits the millions of new lists again and again
     try:
         coco.dataset = json.loads(file.read_bytes())
         images = list(coco.dataset["images"])
@@ -254,6 +255,8 @@ def read_coco(file: Path) -> COCO:
         annotations = list(coco.dataset["annotations"])
     except (KeyError, TypeError, ValueError) as error:
         sys.exit(f"{file} is not a COCO annotation file: {error!r}")
+    finally:
+        gc.enable()
 
     images_by_id = check_entries(file, "image", images, check_image)
     categories_by_id = check_entries(file, "category", categories, lambda category: None)
@@ -963,11 +966,10 @@ def fine_tune(args: argparse.Namespace, device: torch.device):
                 values /= WORLD
             names = ["loss", *(name.removeprefix("loss_") for name in losses)]
             numbers = dict(zip(names, values.tolist()))
-            if not (math.isfinite(numbers["loss"]) and weights_are_finite(model)):
-                sys.exit(
-                    f"the loss or the weights are not finite at step {step}: {numbers}. Try a "
-                    "lower --base-lr"
-                )
+            if not math.isfinite(numbers["loss"]):
+                sys.exit(f"the loss is not finite at step {step}: {numbers}. Try a lower --base-lr")
+            if not weights_are_finite(model):
+                sys.exit(f"the weights are not finite at step {step}. Try a lower --base-lr")
             seconds = time.time() - last_log
             images_per_second = (step - logged_step) * args.batch_size / seconds
             if logger:

@@ -38,7 +38,7 @@ def iter_norm_by_definition(z: Tensor, iterations: int = 4) -> Tensor:
 
 
 def intl_loss_by_definition(z1: Tensor, z2: Tensor, iterations: int = 4) -> Tensor:
-    """The INTL loss of two views (m, d) -> (): low if they agree and all variances are one."""
+    """The INTL loss of two views (m, d) -> (): low if they agree and their spectrum is flat."""
     z1_hat = iter_norm_by_definition(z1, iterations)
     z2_hat = iter_norm_by_definition(z2, iterations)
     alignment = (2 - 2 * F.cosine_similarity(z1_hat, z2_hat, dim=1)).mean()
@@ -50,7 +50,8 @@ def intl_loss_by_definition(z1: Tensor, z2: Tensor, iterations: int = 4) -> Tens
 
 # --- 1. Notation, centring, and the smaller Gram matrix ------------------------------------------
 # An embedding z is (m, d): m samples in rows, d channels in columns (the paper writes the
-# transpose). V views of a batch are (V, m, d). zc is z centred, and S is the covariance of
+# transpose). V views of a batch are (V, m, d). The axis is what statistics are taken over. zc is z
+# centred, and S is the covariance of
 #   axis "batch":   the d channels, each centred over the m samples:  S = zc^T zc / (m - 1), d x d;
 #   axis "channel": the m samples, each centred over its d channels:  S = zc zc^T / (d - 1), m x m.
 # For every polynomial p, and so for every function of the eigenvalues, zc p(zc^T zc) =
@@ -140,9 +141,10 @@ class _MatrixFunction(torch.autograd.Function):
     """U diag(g(l)) U^T of a symmetric S. The backward pass is hand-written because autograd through
     eigh divides by l_i - l_j: NaN for equal eigenvalues, and a collapsed batch has many equal to
     zero. The transform itself is smooth (Daleckii and Krein): with D = U^T dS U its differential
-    is U (K * D + diag(J diag D)) U^T. K_ij = (g_i - g_j) / (l_i - l_j), or its limit if l_i = l_j,
-    and 0 for i = j. The diagonal goes through the Jacobian J of g, since g may depend on all
-    eigenvalues, for example on their sum. [test_gradcheck]"""
+    is U (K * D + Diag(J diag(D))) U^T, where diag takes a diagonal and Diag makes a matrix of it.
+    K_ij = (g_i - g_j) / (l_i - l_j), or its limit if l_i = l_j, and 0 for i = j. The diagonal goes
+    through the Jacobian J of g, since g may depend on all eigenvalues, such as on their sum.
+    [test_gradcheck]"""
 
     @staticmethod
     def forward(ctx, S: Tensor, g: Callable[[Tensor], Tensor]) -> Tensor:
@@ -155,7 +157,7 @@ class _MatrixFunction(torch.autograd.Function):
             raise ValueError(
                 f"g must map eigenvalues {tuple(l.shape)} to as many scales, got {tuple(s.shape)}"
             )
-        s = torch.where(s.isfinite() | (l > 0), s, 0)  # 0, where g is infinite at 0
+        s = torch.where((l == 0) & ~s.isfinite(), 0, s)  # 0, where g is infinite at 0
 
         if ctx.needs_input_grad[0]:
             J = torch.vmap(torch.func.jacrev(g))(l.reshape(-1, n))  # J_ij = dg_i / dl_j
@@ -235,8 +237,8 @@ def newton_map(x, iterations: int):
 
 
 def _newton(S: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
-    """For Gram matrices over their divisor S (V, n, n): P_T / sqrt(tr S) (V, n, n), and the
-    diagonal (V, n) of P_T N P_T, which is cov(z_hat) if S is the covariance of the chosen axis.
+    """S (V, n, n): Gram matrices already divided by `_divisor`. Returns P_T / sqrt(tr S) (V, n, n)
+    and the diagonal (V, n) of P_T N P_T, which is cov(z_hat) if S is the covariance of the axis.
 
     A_k = P_k^2 N is the covariance after k steps, with the eigenvalues h_k(x). With
     B_k = (3I - A_k) / 2 the step is P_{k+1} = P_k B_k and A_{k+1} = A_k B_k^2: this coupled form
@@ -276,13 +278,14 @@ def iter_norm(z: Tensor, *, iterations: int = 4, axis: str = "channel") -> Tenso
 
 # --- 4. Trace loss: why IterNorm alone is not enough ----------------------------------------------
 # Since h_T < 1, the spectrum can still decay: IterNorm alone does not prevent collapse. The trace
-# loss does. It penalises every output variance (of samples on the channel axis) below one:
+# loss, with enough weight, does. It penalises every variance of the output below one:
 #
 #     L_trace(z_hat) = sum_j (1 - cov(z_hat)_jj)^2.
 #
 # Why this equalises the spectrum: tr cov(z_hat) is sum_i h_T(x_i) with sum_i x_i = 1, and a
-# symmetric sum of a strictly concave function has its only maximum at equal x_i. A larger trace
-# lowers the bound n (1 - trace / n)^2. So by Jensen's inequality n coordinates of rank r have
+# symmetric sum of a strictly concave function has its only maximum at equal x_i. By
+# Jensen's inequality a total variance t = tr cov(z_hat) <= n of n coordinates has
+# L_trace >= n (1 - t/n)^2, which falls as t grows; and t <= r h_T(1/r) for a covariance of rank r:
 #
 #     L_trace >= L_r = n (1 - (r/n) h_T(1/r))^2,
 #
@@ -388,8 +391,9 @@ def _gather_views(
 # The loss needs only variances of z_hat and cosines of its rows. On the channel axis Gram matrices
 # hold both, so z_hat is never formed: with G_v = zc_v zc_v^T / (d-1), C_v = zc_v zc_0^T / (d-1)
 # and P_v from G_v, the diagonal of cov(z_hat_v) = P_v G_v P_v holds the variances of the rows,
-# which are their squared norms / (d-1); their inner products / (d-1) are diag(P_v C_v P_0). For
-# two views that is 7 products of 2 m m d operations, where autograd through z_hat takes 12.
+# which are their squared norms / (d-1); their inner products / (d-1) are diag(P_v C_v P_0). (Here
+# P_v includes the 1 / sqrt(tr G_v).) Besides small m x m products that is 7 products of 2 m m d
+# operations for two views, forward and backward, where autograd through z_hat takes 12.
 # [test_loss_equals_its_definition]
 
 
@@ -578,11 +582,13 @@ class CWRGPLoss(nn.Module):
     a scalar.
 
     groups: number of groups of channels; published for CIFAR: 4 for d = 512.
-    sub_batch: the global batch is split at random into parts of so many samples, which are whitened
-        separately, each with its own permutation in every view (None: one part); for CIFAR 64.
+    sub_batch: the global batch is split at random into parts of sub_batch samples, each of
+        which is whitened separately, with its own permutation in every view (None: one part);
+        published for CIFAR: 64.
     repeats: random splits averaged in a step (w_iter in the official release).
-    covariance_weight: of the squared off-diagonal covariances of sub_batch consecutive samples,
-        divided by sub_batch and summed over views (an option of the release for ImageNet).
+    covariance_weight: weight of an extra term, an option of the release for ImageNet: in each block
+        of sub_batch consecutive samples the sum of squared covariances between different samples,
+        over sub_batch; its mean over blocks, summed over views.
 
     Raises ValueError if sub_batch does not divide the batch, and as group_whiten does."""
 
@@ -696,11 +702,12 @@ def rank_price(
 
 
 def balanced_beta(n: int, iterations: int, *, full: int | None = None) -> float:
-    """The smallest beta for which p(1) >= 2 and p(r) >= 0.6, r = min(full / 4, 64), without a
-    teacher; full: the full rank (None: n); 0 for full = 1.
+    """The smallest beta, without a teacher, for which p(1) >= 2 and p(min(full / 4, 64)) >= 0.6.
+    full: the full rank (None: n). Returns 0 if full is 1.
 
-    The first condition means that a collapse onto one direction cannot lower the loss. The second
-    is a convention: the published beta for n = 256 and T = 4 has p(64) = 0.6.
+    The first condition means that a collapse onto one direction cannot lower the loss below that of
+    unrelated views with an equal spectrum. The second is a convention: the published beta for
+    n = 256 and T = 4 has p(64) = 0.6.
     [test_the_balanced_beta_is_the_least_with_both_prices]"""
     full_rank = n if full is None else full
     if full_rank <= 1:

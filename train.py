@@ -11,7 +11,7 @@ config.json, log.jsonl and TensorBoard events to --output. Rerun the same comman
 
 Two machines: the same command on both, with --data and --output on storage that both share.
 
-    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1    # so that restarts find each other
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1    # a fresh store for each restart
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_id intl --rdzv_backend c10d \\
         --rdzv_endpoint first-machine:29500 --max-restarts 3 \\
         train.py --recipe imagenet --data /data/imagenet --output /shared/intl
@@ -376,8 +376,9 @@ def distributed(device_name: str, precision: str) -> Iterator[tuple[torch.device
 
     store, _, _ = next(dist.rendezvous("env://"))
     if int(os.environ.get("LOCAL_WORLD_SIZE", WORLD)) == WORLD:
-        # After a restart torchrun's store still holds the addresses of the previous attempt. (Each
-        # machine counts its own restarts: on several, see the command at the top.)
+        # After a restart torchrun's store still holds the addresses of the previous attempt: each
+        # attempt gets a prefix. On several machines the counts of restarts can differ: there the
+        # variable in the command at the top gives each attempt its own store.
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group(store=store, rank=RANK, world_size=WORLD, **backend)
     failed = False
@@ -400,8 +401,9 @@ def distributed(device_name: str, precision: str) -> Iterator[tuple[torch.device
 
 
 def wrap_ddp(network: nn.Module, device: torch.device) -> nn.Module:
-    """Wraps the network in DDP, if there are several processes. GlobalBatchNorm keeps buffers equal
-    on all of them; with per-process BN on CPUs rank 0's are broadcast before each forward pass."""
+    """Wraps the network in DDP, if there are several processes. GlobalBatchNorm keeps the buffers
+    of all processes equal. For a network with per-process BN (fine-tuning) DDP broadcasts the
+    buffers of rank 0 before each forward pass on CPUs."""
     if WORLD == 1:
         return network
     ddp = nn.parallel.DistributedDataParallel
@@ -574,7 +576,7 @@ def round_significant(value: float, digits: int) -> float:
 
 class Logger:
     """Writes numbers to the terminal, as JSON to log.jsonl, and for TensorBoard; only on rank 0.
-    When a run is resumed, later entries are dropped: they will be written again."""
+    When a run is resumed, entries after its checkpoint are dropped: they will be written again."""
 
     def __init__(self, output_dir: Path, config: dict, step: int):
         from torch.utils.tensorboard import SummaryWriter  # slow to import
@@ -857,7 +859,9 @@ class MultiViewDataset(Dataset):
         self.seed = seed
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[list[Tensor], int]:
-        torch.default_generator.manual_seed(seed_from(self.seed, "crop", *key))  # of the crops
+        torch.default_generator.manual_seed(
+            seed_from(self.seed, "crop", *key)
+        )  # of torchvision's crops
         _, index = key
         image, label = self.images[index]
         return [crop(image) for crop in self.crops], label
@@ -911,7 +915,7 @@ def make_loader(images: Dataset, workers: int, **sampling) -> DataLoader:
     lock that a thread held."""
     options = {}
     if workers:
-        if len(os.fsencode(tempfile.gettempdir())) > 75:  # 32 are added, 108 fit
+        if len(os.fsencode(tempfile.gettempdir())) > 75:  # 32 are added, 107 fit
             sys.exit(f"{tempfile.gettempdir()} is too long for a socket's path: set TMPDIR=/tmp")
         multiprocessing.set_forkserver_preload(["torchvision.transforms.v2"])  # import it only once
         options = {
@@ -926,7 +930,7 @@ def make_loader(images: Dataset, workers: int, **sampling) -> DataLoader:
 
 # --- Augmentation: everything after the crop, batched on the training device ----------------------
 # Each image gets what torchvision's function would give it, but the order of the colour jitter is
-# drawn once for a batch. [test_batched_jitter_equals_torchvision]
+# drawn once for each batch and view. [test_batched_jitter_equals_torchvision]
 
 
 def grayscale(x: Tensor) -> Tensor:
@@ -1252,7 +1256,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float):
 def why_not_captured(
     args: argparse.Namespace, device: torch.device, dtype: torch.dtype
 ) -> str | None:
-    """The reason why the step cannot be captured in a CUDA graph; None if it can."""
+    """The reason why the step is not captured in a CUDA graph; None if it is."""
     if args.cuda_graph is False:
         return "--no-cuda-graph"
     if device.type != "cuda":
@@ -1260,7 +1264,7 @@ def why_not_captured(
     if dtype == torch.float16:
         return "float16 may skip updates"
     if args.loss in ("power", "whiten", "none", "cwrgp"):
-        return f"--loss {args.loss} needs an eigendecomposition"
+        return f"--loss {args.loss} computes an eigendecomposition"
     if WORLD > 1 and not args.cuda_graph:
         return "off by default for several processes"
     return None
@@ -1375,8 +1379,8 @@ def knn_top1(
 
 
 def choose_beta(args: argparse.Namespace) -> float | None:
-    """The weight of the trace loss: --beta if given, else None, which means the published one, or
-    the balanced one if that is larger. Warns of a beta that may let the embedding collapse."""
+    """What to pass to INTLLoss as beta: --beta if given; otherwise the balanced beta if it exceeds
+    the published one, else None (published). Warns of a beta that may permit a collapse."""
     setting = intl.INTLLoss(axis=args.axis, beta=0.0).setting(args.batch_size, args.out)
     balanced = intl.balanced_beta(setting.n, args.iterations, full=setting.full_rank)
     balanced = round_significant(balanced, 3)
@@ -1470,8 +1474,9 @@ def pretrain(
     teacher = copy.deepcopy(network).requires_grad_(False) if args.ema else None
     ema_rate = torch.zeros((), dtype=next(network.parameters()).dtype, device=device)
     criterion = LOSSES[args.loss](args)
-    # A captured step reads the learning rate from the device. (Not with float16: its scaler may
-    # skip the first update, which leaves the momenta of fused SGD undefined.)
+    # A captured step reads the learning rate from the device, which needs a fused optimiser. With
+    # float16 it is not fused (and never captured): the scaler may skip the first update, which
+    # would leave the momenta of fused SGD undefined.
     fused = captured or (device.type == "cuda" and dtype != torch.float16)
     optimizer = build_optimizer(network, args, device, fused)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -1521,7 +1526,8 @@ def pretrain(
 
     # Print what the run is.
     logger = Logger(args.output, config, first_step) if RANK == 0 else None
-    peak = learning_rate(round(args.warmup_epochs * steps_per_epoch), steps_per_epoch, args)
+    last_warmup_step = max(0, round(args.warmup_epochs * steps_per_epoch) - 1)
+    peak = learning_rate(last_warmup_step, steps_per_epoch, args)
     print_rank0(
         f"{args.epochs} epochs of {steps_per_epoch} steps, from step {first_step}, on {WORLD} x "
         f"{device.type} in {dtype}; output: {args.output}"
