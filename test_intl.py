@@ -2821,6 +2821,7 @@ def test_no_step_waits_for_the_device(flags, copies, photos, tmp_path, monkeypat
 
 
 def test_compile_makes_a_graph_of_the_network_and_one_of_the_loss(photos, tmp_path, monkeypatch):
+    torch._dynamo.reset()  # other tests have compiled the same functions
     graphs = []
     compile_module = nn.Module.compile
     images = (16, 3, 16, 16)
@@ -4201,7 +4202,8 @@ SMALL = """
     --test-proposals 50 5 --detections 5 --images 8 --batch-size 2 --warmup-images 2
     --log-every 1 --workers 0 --save-minutes 0
 """
-both_models = pytest.mark.parametrize("model", ["", FPN], ids=["c4", "fpn"])
+MODELS = {"c4": "", "fpn": FPN}
+both_models = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())
 
 
 @pytest.fixture(scope="session")
@@ -4504,37 +4506,43 @@ def take_the_first(sampler, labels):
     return chosen_positive, chosen_negative
 
 
-def detect_in_float64(*arguments):
+def detect_in_float64(folder, *arguments):
+    """One model after another. Each needs new addresses in torchrun's store, as after a restart."""
     sampler = torchvision.models.detection._utils.BalancedPositiveNegativeSampler
     sampler.__call__ = take_the_first
+    detect_transfer.predict = lambda *_: []
     with float64_by_default():
-        detect_transfer.main(arguments)
+        for i, (name, flags) in enumerate(MODELS.items()):
+            os.environ["TORCHELASTIC_RESTART_COUNT"] = str(i)
+            detect_transfer.main([*arguments, "--output", f"{folder}/{name}", *flags.split()])
 
 
-@pytest.fixture(scope="module", params=["", FPN], ids=["c4", "fpn"])
-def detected_in_float64(request, finished, scenes, tmp_path_factory):
-    """The folders of the same three steps by one and by two processes."""
+@pytest.fixture(scope="module")
+def detected_in_float64(finished, scenes, tmp_path_factory):
+    """The folders of the same three steps of both models by one and by two processes."""
     folders = []
-    for processes in (1, 2):
+    for processes in (0, 2):
         folder = tmp_path_factory.mktemp("detected")
-        arguments = detecting(finished, scenes, folder, f"{EQUAL_WEIGHTS} {request.param}")
-        run("test_intl.py", "detect_in_float64", *arguments, processes=processes)
+        arguments = detecting(finished, scenes, folder, EQUAL_WEIGHTS)
+        run("test_intl.py", "detect_in_float64", folder, *arguments, processes=processes)
         folders.append(folder)
     return folders
 
 
-def test_two_processes_fine_tune_what_one_fine_tunes(detected_in_float64):
+@pytest.mark.parametrize("model", MODELS)
+def test_two_processes_fine_tune_what_one_fine_tunes(model, detected_in_float64):
     """Weights and BN statistics after three steps, where the random choice of anchors and regions
     is replaced by a fixed one, and all images have the same size: padding depends on the share."""
-    one, two = [load(folder / "checkpoint.pt")["model"] for folder in detected_in_float64]
+    one, two = [load(f / model / "checkpoint.pt")["model"] for f in detected_in_float64]
     for name, expected in one.items():
         error = (two[name] - expected).double().norm() / expected.double().norm().clamp_min(1e-12)
         assert error < 1e-9, name
 
 
 @pytest.mark.parametrize("loss", "loss classifier box_reg mask objectness rpn_box_reg".split())
-def test_two_processes_log_the_losses_of_one(loss, detected_in_float64):
-    one, two = [[line[loss] for line in logged_steps_of(f)] for f in detected_in_float64]
+@pytest.mark.parametrize("model", MODELS)
+def test_two_processes_log_the_losses_of_one(model, loss, detected_in_float64):
+    one, two = [[line[loss] for line in logged_steps_of(f / model)] for f in detected_in_float64]
     assert len(one) == 3
     assert two == pytest.approx(one, rel=1e-4)
 
@@ -4558,7 +4566,7 @@ def test_every_process_evaluates_the_batch_norm_of_rank_0(finished, scenes, tmp_
             assert torch.equal(value, saved[name]), (rank, name)
 
 
-@pytest.fixture(scope="module", params=["", FPN], ids=["c4", "fpn"])
+@pytest.fixture(scope="module", params=MODELS.values(), ids=MODELS.keys())
 def stopped_and_resumed(request, finished, scenes, tmp_path_factory):
     """The flags of a run, the folder of an undisturbed run, and of one that was stopped."""
     folder = tmp_path_factory.mktemp("detection")
@@ -5241,11 +5249,11 @@ def test_gpu_takes_steps_and_resumes(flags, photos, tmp_path, capsys):
 @needs_gpu
 @pytest.mark.parametrize("flags", ["--no-cuda-graph", "--cuda-graph"])
 def test_gpu_input_and_step_never_wait_for_the_device(flags, photos, tmp_path, monkeypatch):
-    """Steps 3 and 4 are ordinary ones; 20 and 21 are replayed, if the step is captured."""
+    """In two ordinary steps and two replayed ones, none of them before an evaluation."""
     augment_batch = train.Augmentation.__call__
 
     def strict(self, views, step, device):
-        mode = "error" if step in (3, 4, 20, 21) else "default"  # until the next input
+        mode = "error" if step in (3, 4, 21, 22) else "default"  # until the next input
         torch.cuda.set_sync_debug_mode(mode)
         return augment_batch(self, views, step, device)
 
@@ -5319,7 +5327,8 @@ def test_gpu_process_group_of_one_equals_no_process_group(flag, photos, tmp_path
     group = tiny(photos, tmp_path / "group", f"--device cuda {flag} --epochs 10")
     run_on_gpu("train_in_float64_on_a_gpu", plain)
     printed = run_on_gpu("train_in_a_group_of_one", group, processes=1)
-    assert ("captured" in printed) == (flag == "--cuda-graph")
+    captured = "the step is captured in a CUDA graph" in printed
+    assert captured == (flag == "--cuda-graph")
     assert_same_training(tmp_path / "group", tmp_path / "plain")
 
 
@@ -5335,7 +5344,7 @@ def gpu_uncaptured_run(request, photos, tmp_path_factory):
 def test_gpu_captured_equals_uncaptured(gpu_uncaptured_run, photos, tmp_path):
     flags, expected = gpu_uncaptured_run
     printed = run_on_gpu("train_in_float64_on_a_gpu", tiny(photos, tmp_path, flags))
-    assert "CUDA graph" in printed
+    assert "the step is captured in a CUDA graph" in printed
     assert len(losses_of(tmp_path)) == 30
     assert_same_training(tmp_path, expected)
 
@@ -5356,7 +5365,7 @@ def test_gpu_step_that_cannot_be_captured_runs(flags, photos, tmp_path, capsys):
     small = "--groups 1 --sub-batch 8 --epochs 6"
     train.main(tiny(photos, tmp_path, f"--device cuda {small} {flags}"))
     assert steps_of(tmp_path) == list(range(1, 19))
-    assert "not captured" in capsys.readouterr().out
+    assert "CUDA graph: no (" in capsys.readouterr().out
 
 
 @needs_gpu
