@@ -2718,21 +2718,28 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_checkpoint(photos
         assert value.isfinite().all(), name
 
 
-@pytest.mark.parametrize("minutes, times", [(0, 101), (10, 1)])
-def test_a_run_is_saved_by_the_clock_and_at_its_end(minutes, times, photos, tmp_path, monkeypatch):
+@pytest.fixture(scope="module", params=[0, 10], ids=["save at once", "save every 10 minutes"])
+def run_of_101_epochs(request, photos, tmp_path_factory):
+    """Its minutes between checkpoints, its folder, and the names of the files that it wrote."""
+    folder = tmp_path_factory.mktemp("epochs")
     written = []
-    monkeypatch.setattr(train, "save_checkpoint", lambda state, path: written.append(path.name))
-    monkeypatch.setattr(train, "Network", tiny_network_of_photos)
-    flags = f"--epochs 101 --batch-size 48 --log-every 1 --save-minutes {minutes}"
-    train.main(tiny(photos / "train", tmp_path, flags))
+    flags = f"--epochs 101 --batch-size 48 --log-every 1 --save-minutes {request.param}"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(train, "save_checkpoint", lambda state, path: written.append(path.name))
+        monkeypatch.setattr(train, "Network", tiny_network_of_photos)
+        train.main(tiny(photos / "train", folder, flags))
+    return request.param, folder, written
+
+
+def test_a_run_is_saved_by_the_clock_and_at_its_end(run_of_101_epochs):
+    minutes, _, written = run_of_101_epochs
+    times = 101 if minutes == 0 else 1
     assert written == ["checkpoint.pt", "backbone.pt"] * times
 
 
-def test_a_run_is_evaluated_at_most_a_hundred_times(photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "Network", tiny_network_of_photos)
-    flags = "--epochs 101 --batch-size 48 --log-every 1 --save-minutes 10"
-    train.main(tiny(photos / "train", tmp_path, flags))
-    evaluated = [line for line in lines_of(tmp_path / "log.jsonl") if "feature_rank" in line]
+def test_a_run_is_evaluated_at_most_a_hundred_times(run_of_101_epochs):
+    _, folder, _ = run_of_101_epochs
+    evaluated = [line for line in lines_of(folder / "log.jsonl") if "feature_rank" in line]
     assert len(evaluated) == 1 + 101 // 2 + 1  # before the first step, every other epoch, the end
 
 
