@@ -65,6 +65,8 @@ from train import (
     resume_run,
     rng,
     save_checkpoint,
+    seed_from,
+    throughput,
     wrap_ddp,
 )
 
@@ -859,7 +861,8 @@ def load_data(args: argparse.Namespace) -> tuple[CocoImages, CocoImages]:
 
 def weights_are_finite(model: nn.Module) -> bool:
     tensors = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
-    return all(tensor.isfinite().all() for tensor in tensors)
+    finite = [tensor.isfinite().all() for tensor in tensors]
+    return bool(torch.stack(finite).all())  # the host waits only here
 
 
 def fine_tune(args: argparse.Namespace, device: torch.device):
@@ -948,7 +951,7 @@ def fine_tune(args: argparse.Namespace, device: torch.device):
         for group in optimizer.param_groups:
             group["lr"] = lr
         # torchvision draws the size of an image, and samples anchors and proposals.
-        torch.manual_seed(rng(args.seed, "regions", step, RANK).initial_seed())
+        torch.manual_seed(seed_from(args.seed, "regions", step, RANK))
 
         losses = ddp_model(images, targets)
         loss = sum(losses.values())
@@ -971,16 +974,11 @@ def fine_tune(args: argparse.Namespace, device: torch.device):
             if not weights_are_finite(model):
                 sys.exit(f"the weights are not finite at step {step}. Try a lower --base-lr")
             seconds = time.time() - last_log
-            images_per_second = (step - logged_step) * args.batch_size / seconds
             if logger:
-                logger(
-                    step=step,
-                    **numbers,
-                    lr=lr,
-                    images_per_second=images_per_second,
-                    waiting=waited / seconds,
-                    hours_left=(total_steps - step) * args.batch_size / images_per_second / 3600,
-                )
+                images_seen = (step - logged_step) * args.batch_size
+                images_left = (total_steps - step) * args.batch_size
+                speed = throughput(images_seen, seconds, waited, images_left)
+                logger(step=step, **numbers, lr=lr, **speed)
             if should_evaluate:
                 log_evaluation(step)
 

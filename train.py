@@ -41,6 +41,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -477,14 +478,22 @@ def to_cpu(state):
     return state
 
 
-def save_checkpoint(state: dict, path: Path):
+def replace_file(path: Path, write: Callable[[BinaryIO], None]):
     """Writes a temporary file, flushes and renames it: `path` is always a complete file."""
     temporary = Path(f"{path}.tmp")
     with open(temporary, "wb") as file:
-        torch.save(to_cpu(state), file)
+        write(file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def save_checkpoint(state: dict, path: Path):
+    replace_file(path, lambda file: torch.save(to_cpu(state), file))
+
+
+def save_text(text: str, path: Path):
+    replace_file(path, lambda file: file.write(text.encode()))
 
 
 def read_checkpoint(path: Path) -> dict:
@@ -563,13 +572,6 @@ def read_log(path: Path, until_step: int) -> list[str]:
     return kept
 
 
-def write_text(path: Path, text: str):
-    """Atomically, as save_checkpoint does."""
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
 def round_significant(value: float, digits: int) -> float:
     return float(f"{value:.{digits}g}")
 
@@ -582,9 +584,9 @@ class Logger:
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
         self.path = output_dir / "log.jsonl"
-        write_text(output_dir / "config.json", json.dumps(config, indent=1))
+        save_text(json.dumps(config, indent=1), output_dir / "config.json")
         kept = read_log(self.path, step) if step else []
-        write_text(self.path, "".join(f"{line}\n" for line in kept))
+        save_text("".join(f"{line}\n" for line in kept), self.path)
         self.board = SummaryWriter(output_dir, purge_step=step + 1)
 
         print_rank0("  ".join(f"{name} {value}" for name, value in config.items()))
@@ -608,6 +610,16 @@ class Logger:
         for name, value in shown.items():
             if isinstance(value, int | float):
                 self.board.add_scalar(name, value, numbers["step"])
+
+
+def throughput(images: int, seconds: float, waited: float, images_left: int) -> dict[str, float]:
+    """What is logged of the speed: `images` in so many seconds, of which `waited` for data."""
+    images_per_second = images / seconds
+    return {
+        "images_per_second": images_per_second,
+        "waiting": waited / seconds,
+        "hours_left": images_left / images_per_second / 3600,
+    }
 
 
 # --- Data: a Dataset of (uint8 image (3, h, w), label) --------------------------------------------
@@ -691,10 +703,15 @@ def load_folder(root: Path, labelled: bool = True) -> ImageFolder:
     samples = [sample for sample in images.samples if not hidden.search(sample[0], len(str(root)))]
     if not samples:
         sys.exit(f"{root} has no images that are not hidden")
+    set_samples(images, samples)
+    return images
+
+
+def set_samples(images: ImageFolder, samples: list[tuple[str, int]]):
+    """Replaces the images of a folder by these paths and labels."""
     images.targets = torch.tensor([label for _, label in samples])
     images.samples = SharedList(samples)
     images.imgs = None  # ImageFolder's alias of its list
-    return images
 
 
 def load_tiny_imagenet_val(root: Path, classes: list[str]) -> ImageFolder:
@@ -702,12 +719,8 @@ def load_tiny_imagenet_val(root: Path, classes: list[str]) -> ImageFolder:
     images = load_folder(root / "images", labelled=False)
     table = (root / "val_annotations.txt").read_text().splitlines()
     class_of = dict(line.split("\t")[:2] for line in table)
-    samples = [
-        (path, classes.index(class_of[Path(path).name]))
-        for path, _ in (images.samples[i] for i in range(len(images.samples)))
-    ]
-    images.samples = SharedList(samples)
-    images.targets = torch.tensor([label for _, label in samples])
+    samples = [(path, classes.index(class_of[Path(path).name])) for path, _ in images.samples]
+    set_samples(images, samples)
     images.classes = classes
     return images
 
@@ -847,6 +860,16 @@ def draw_shapes(seed: int, first: int, n: int) -> TensorDataset:
         draw_scene(seed, first + i, 32, [label], 0.4, 0.6)[0] for i, label in enumerate(labels)
     ]
     return in_memory_dataset(torch.stack(pictures), labels, list(SHAPES))
+
+
+def random_crops(args: argparse.Namespace) -> list[v2.RandomResizedCrop]:
+    """The crop of each view."""
+    interpolation = v2.InterpolationMode(args.interpolation)
+    scales = zip(args.min_scale, args.max_scale)
+    return [
+        v2.RandomResizedCrop(size, scale, interpolation=interpolation)
+        for size, scale in zip(args.view_sizes, scales)
+    ]
 
 
 class MultiViewDataset(Dataset):
@@ -1418,6 +1441,14 @@ def use_compile(args: argparse.Namespace, device: torch.device) -> bool:
     return device.type == "cuda" and args.recipe != "shapes" and installed
 
 
+def compile_modules(network: nn.Module, teacher: nn.Module | None, criterion: nn.Module):
+    network.compile(dynamic=False)
+    if teacher:
+        teacher.compile(dynamic=False)
+    if isinstance(criterion, intl.INTLLoss):  # eigendecompositions do not compile
+        criterion.compile(dynamic=False)
+
+
 def random_subset(images: Dataset, rows: Tensor, n: int) -> Subset:
     """n of the rows (or all), the same ones for every seed."""
     order = torch.randperm(len(rows), generator=rng("some"))
@@ -1500,11 +1531,7 @@ def pretrain(
     # Compile. The evaluation calls the backbone by itself and stays eager.
     augmentation = Augmentation(args, compiled)
     if compiled:
-        network.compile(dynamic=False)
-        if teacher:
-            teacher.compile(dynamic=False)
-        if isinstance(criterion, intl.INTLLoss):  # eigendecompositions do not compile
-            criterion.compile(dynamic=False)
+        compile_modules(network, teacher, criterion)
     model = wrap_ddp(network, device)
 
     # Evaluation: a bank of labelled training images classifies validation images by k-NN. Without
@@ -1520,16 +1547,10 @@ def pretrain(
         bank_loader = eval_loader(bank, args.dataset, eval_size, args.workers)
 
     # Images to train on.
-    crops = [
-        v2.RandomResizedCrop(size, scale, interpolation=v2.InterpolationMode(args.interpolation))
-        for size, scale in zip(args.view_sizes, zip(args.min_scale, args.max_scale))
-    ]
-    keys = batch_indices(
-        torch.arange(len(train_set)), args.batch_size, args.seed, first_step, stop_step
-    )
-    train_loader = make_loader(
-        MultiViewDataset(train_set, crops, args.seed), args.workers, batch_sampler=keys
-    )
+    rows = torch.arange(len(train_set))
+    keys = batch_indices(rows, args.batch_size, args.seed, first_step, stop_step)
+    views = MultiViewDataset(train_set, random_crops(args), args.seed)
+    train_loader = make_loader(views, args.workers, batch_sampler=keys)
 
     # Print what the run is.
     logger = Logger(args.output, config, first_step) if RANK == 0 else None
@@ -1632,17 +1653,11 @@ def pretrain(
             if not math.isfinite(numbers["loss"]):
                 sys.exit(f"the loss is not finite at step {step}: {numbers}. Try a lower --base-lr")
             seconds = time.time() - last_log
-            images_per_second = (step - logged_step) * args.batch_size / seconds
             if logger:
-                logger(
-                    epoch=step / steps_per_epoch,
-                    step=step,
-                    **numbers,
-                    lr=lr,
-                    images_per_second=images_per_second,
-                    waiting=waited / seconds,
-                    hours_left=(total_steps - step) * args.batch_size / images_per_second / 3600,
-                )
+                images = (step - logged_step) * args.batch_size
+                images_left = (total_steps - step) * args.batch_size
+                speed = throughput(images, seconds, waited, images_left)
+                logger(epoch=step / steps_per_epoch, step=step, **numbers, lr=lr, **speed)
             if should_evaluate:
                 log_evaluation(step, z)
 

@@ -33,9 +33,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
 
-import intl
 import train
 
 RECIPES = ["cifar10", "imagenet", "imagenet-multicrop-200"]
@@ -151,12 +149,8 @@ def loaded_batches(args: argparse.Namespace, images: int) -> Iterator[list[Tenso
     """Batches of crops of random images, cropped by the workers as in train.py."""
     pixels = torch.randint(0, 256, (images, 3, 32, 32), dtype=torch.uint8)
     dataset = train.in_memory_dataset(pixels, [0] * images, ["random"])
-    crops = [
-        v2.RandomResizedCrop(size, scale, interpolation=v2.InterpolationMode(args.interpolation))
-        for size, scale in zip(args.view_sizes, zip(args.min_scale, args.max_scale))
-    ]
     keys = train.batch_indices(torch.arange(images), args.batch_size, args.seed, 0, 10**6)
-    views = train.MultiViewDataset(dataset, crops, args.seed)
+    views = train.MultiViewDataset(dataset, train.random_crops(args), args.seed)
     for batch, _ in train.make_loader(views, args.workers, batch_sampler=keys):
         yield batch
 
@@ -175,24 +169,20 @@ def build_step(
     torch.manual_seed(args.seed)
     network = train.Network(args).to(device, memory_format=torch.channels_last)
     teacher = copy.deepcopy(network).requires_grad_(False) if args.ema else None
-    teacher_weight = torch.full((), 1 - args.ema, device=device)
+    ema_rate = torch.full((), 1 - args.ema, device=device)
     criterion = train.LOSSES[args.loss](args)
     fused = device.type == "cuda" and dtype != torch.float16
     optimizer = train.build_optimizer(network, args, device, fused)
     augmentation = train.Augmentation(args, compiled)
     if compiled:
-        network.compile(dynamic=False)
-        if teacher:
-            teacher.compile(dynamic=False)
-        if isinstance(criterion, intl.INTLLoss):
-            criterion.compile(dynamic=False)
+        train.compile_modules(network, teacher, criterion)
 
     def train_step(views: list[Tensor]) -> Tensor:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             if teacher:
                 with torch.no_grad():
                     for t, s in zip(teacher.parameters(), network.parameters()):
-                        t.lerp_(s, teacher_weight)
+                        t.lerp_(s, ema_rate)
                     (target,) = teacher(views[:1])  # (b, out)
                 z = network(views[1:])  # V - 1 times (b, out)
             else:
