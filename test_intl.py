@@ -63,6 +63,13 @@ except ImportError:  # pycocotools is not installed
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
+HAS_CPP_COMPILER = bool(
+    (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++"))
+    and Path(sysconfig.get_path("include"), "Python.h").exists()
+)
+needs_cpp_compiler = pytest.mark.skipif(
+    not HAS_CPP_COMPILER, reason="needs a C++ compiler and Python.h"
+)
 AXES = ("channel", "batch")
 both_axes = pytest.mark.parametrize("axis", AXES)
 
@@ -971,12 +978,7 @@ def test_a_compiled_loss_is_one_graph_and_equals_the_eager_one(call, axis, fresh
         assert_close(module.parts, eager.parts, rtol=1e-9, atol=1e-12)
 
 
-CPP_COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-PYTHON_HEADER = Path(sysconfig.get_path("include"), "Python.h")
-
-
-@pytest.mark.skipif(not CPP_COMPILER, reason="needs a C++ compiler")
-@pytest.mark.skipif(not PYTHON_HEADER.exists(), reason="needs Python.h")
+@needs_cpp_compiler
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # inside torch
 def test_a_loss_compiled_to_machine_code_equals_the_eager_one(fresh_compiler):
     z = randf(2, 16, 24)
@@ -1502,7 +1504,7 @@ def test_jitter_is_uniform_up_to_its_strength(strengths, largest, measure):
     assert (values - uniform).abs().max() < 0.0155 * 2 * largest  # Kolmogorov and Smirnov
 
 
-@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="needs a C++ compiler")
+@needs_cpp_compiler
 def test_compiled_augmentation_equals_the_eager_one():
     args = train.parse("--batch-size 24 --view-sizes 32 32 --blur 0.5 --solarize 0.5".split())
     views = [pictures(), pictures().flip(0)]
@@ -1975,12 +1977,40 @@ def two_steps(case, rank, world):
     }
 
 
-def far_from_zero(rank, world):
-    """BN of float32 channels with mean 1000 and deviation 1."""
-    x = 1000 + randf(12, 5, 6, 6)
-    norm = train.convert_batch_norm(nn.BatchNorm2d(5))
-    y = norm(share_of_rows(x, rank, world))
-    return {"outputs": y.detach(), "statistics": dict(norm.named_buffers())}
+def one_step(network, x, weight):
+    x.requires_grad_()
+    y = network(x)
+    (y * weight).sum().backward()
+    return {
+        "outputs": y.detach(),
+        "input gradients": x.grad,
+        "statistics": dict(network.named_buffers()),
+    }
+
+
+# The mean and the tolerance of channels with a deviation of 1.
+FAR_FROM_ZERO = {torch.float32: (1000, 1e-3), torch.bfloat16: (10, 2**-7)}
+
+
+def far_from_zero(dtype):
+    """A layer, its input and the weight of its output in the loss."""
+    mean, _ = FAR_FROM_ZERO[dtype]
+    x = (mean + randf(12, 5, 6, 6)).to(dtype)
+    return nn.BatchNorm2d(5), x, randf(12, 5, 6, 6, seed=1)
+
+
+def two_equal_layers():
+    """Inductor computes once what is equal in both. Input and weight as above."""
+    network = nn.Sequential(nn.BatchNorm2d(5), nn.BatchNorm2d(5))
+    return network, 3 + 2 * randf(12, 5, 6, 6), randf(12, 5, 6, 6, seed=1)
+
+
+def one_step_of_a_share(problem, rank, world, compile=False):
+    network, x, weight = problem
+    network = train.convert_batch_norm(network)
+    if compile:
+        network.compile(dynamic=False)
+    return one_step(network, share_of_rows(x, rank, world), share_of_rows(weight, rank, world))
 
 
 class CountCollectives(torch.utils._python_dispatch.TorchDispatchMode):
@@ -2009,9 +2039,7 @@ def count_collectives(rank, world):
 
 
 def batch_norm_results(rank, world):
-    results = {case: two_steps(case, rank, world) for case in BN_CASES}
-    results["far from zero"] = far_from_zero(rank, world)
-    return results
+    return {case: two_steps(case, rank, world) for case in BN_CASES}
 
 
 def save_batch_norm_results(folder):
@@ -2019,6 +2047,10 @@ def save_batch_norm_results(folder):
     rank = dist.get_rank()
     world = dist.get_world_size()
     results = batch_norm_results(rank, world)
+    for dtype in FAR_FROM_ZERO:
+        results[dtype] = one_step_of_a_share(far_from_zero(dtype), rank, world)
+    if world == 2 and HAS_CPP_COMPILER:
+        results["inductor"] = one_step_of_a_share(two_equal_layers(), rank, world, compile=True)
     results["collectives"] = count_collectives(rank, world)
     torch.save(results, f"{folder}/{rank}.pt")
     dist.barrier()
@@ -2082,15 +2114,30 @@ def test_global_batch_norm_gives_every_process_the_same(case, quantity, bn_resul
         assert_close(result[case][quantity], bn_expected[case][quantity], rtol=1e-12, atol=1e-12)
 
 
-def test_global_batch_norm_is_accurate_far_from_zero(bn_results):
-    exact = nn.BatchNorm2d(5).double()
-    expected = exact(1000 + randf(12, 5, 6, 6).double()).detach()
-    rows = torch.cat([result["far from zero"]["outputs"] for result in bn_results])
-    assert rows.dtype == torch.float32
-    assert_close(rows.double(), expected, rtol=0, atol=1e-3)
+@pytest.mark.parametrize("dtype", FAR_FROM_ZERO, ids=str)
+def test_global_batch_norm_is_accurate_far_from_zero(dtype, bn_results):
+    norm, x, weight = far_from_zero(dtype)
+    expected = one_step(norm.double(), x.double(), weight.double())
+    _, tolerance = FAR_FROM_ZERO[dtype]
+    for quantity in ["outputs", "input gradients"]:
+        rows = torch.cat([result[dtype][quantity] for result in bn_results])
+        assert rows.dtype == dtype
+        assert_close(rows.double(), expected[quantity], rtol=tolerance, atol=tolerance)
     for result in bn_results:
-        variance = result["far from zero"]["statistics"]["running_var"]
-        assert_close(variance.double(), exact.running_var, rtol=1e-3, atol=0)
+        variance = result[dtype]["statistics"]["running_var"].double()
+        assert_close(variance, expected["statistics"]["running_var"], rtol=1e-3, atol=0)
+
+
+@needs_cpp_compiler
+def test_global_batch_norm_compiled_to_machine_code_equals_one_process(start_processes):
+    folder = start_processes(2)
+    results = [load(folder / f"{rank}.pt")["inductor"] for rank in range(2)]
+    expected = one_step(*two_equal_layers())
+    for quantity in ["outputs", "input gradients"]:
+        rows = torch.cat([result[quantity] for result in results])
+        assert_close(rows, expected[quantity], rtol=1e-5, atol=1e-5)
+    for result in results:
+        assert_close(result["statistics"], expected["statistics"], rtol=1e-5, atol=1e-5)
 
 
 def test_a_network_with_global_batch_norm_compiles_to_one_graph(bn_results):

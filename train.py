@@ -46,6 +46,7 @@ from typing import BinaryIO
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torch import Tensor, nn
@@ -1116,28 +1117,48 @@ def normalize(x: Tensor, dataset: str) -> Tensor:
 # --- Batch norm over all processes ----------------------------------------------------------------
 
 
-class SumOverProcesses(torch.autograd.Function):
-    """The sum of x over processes. The gradient is summed too, since the result enters the loss of
-    every process."""
+def mean_and_var(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (C,) and biased variance (C,) of the channels of x (n, C) or (n, C, h, w)."""
+    if x.device.type == "cpu":  # nn.BatchNorm's own function; var_mean is many times slower there
+        return torch.batch_norm_update_stats(x, None, None, 0.0)
+    var, mean = torch.var_mean(x, [0, *range(2, x.dim())], correction=0)
+    return mean, var
+
+
+class Normalize(torch.autograd.Function):
+    """Normalises x (n, C) or (n, C, h, w) by mean (C,) and biased variance (C,), which are those
+    of the `count` (1,) values per channel of all processes. The gradient goes through mean and
+    variance, too (Ioffe & Szegedy 2015, section 3)."""
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        total = x.clone()
-        dist.all_reduce(total)
-        return total
+    def forward(ctx, x, weight, bias, mean, var, count, eps) -> Tensor:
+        ctx.save_for_backward(x, weight, mean, var, count)
+        ctx.eps = eps
+        return F.batch_norm(x, mean, var, weight, bias, eps=eps)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        total = grad.clone()
-        dist.all_reduce(total)
-        return total
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, var, count = ctx.saved_tensors
+        # As if mean and variance were constants. With z = (x - mean) / std the three are
+        # grad * weight / std, sum(grad * z) and sum(grad), summed over this process's values.
+        grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
+            grad, x, weight, mean, var, None, None, False, ctx.eps, [True, True, True]
+        )
+
+        # Through mean and variance: minus weight / std * (average(grad * z) * z + average(grad)),
+        # averaged over all processes. That, too, is a batch norm of x.
+        averages = torch.stack([grad_weight, grad_bias]) / count  # (2, C), in float64
+        dist.all_reduce(averages)
+        slope, offset = averages.to(x.dtype) * weight / (var + ctx.eps).sqrt()  # (C,), (C,)
+        grad_x -= F.batch_norm(x, mean, var, slope, offset, eps=ctx.eps)
+        return grad_x, grad_weight, grad_bias, None, None, None, None
 
 
 class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
     """nn.BatchNorm1d and 2d with the statistics of the global batch, on CPUs and GPUs: one
-    all-reduce of 2 C + 1 numbers in the forward pass and one in the backward pass. Processes may
-    hold different numbers of samples. Unlike nn.SyncBatchNorm it never makes the host wait for the
-    device, and torch.compile traces it without a graph break.
+    all-reduce of 2 C + 1 numbers in the forward pass and one of 2 C in the backward pass.
+    Processes may hold different numbers of samples. Unlike nn.SyncBatchNorm it never makes the
+    host wait for the device, and torch.compile traces it without a graph break.
     [test_global_batch_norm_equals_one_process]"""
 
     def _check_input_dim(self, x: Tensor):
@@ -1146,28 +1167,30 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, x: Tensor) -> Tensor:  # (n, C) or (n, C, h, w)
         if not self.training:
             return super().forward(x)
-        dims = [0, *range(2, x.dim())]
         y = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
-        # From each process its count, sum and sum of squares per channel, in float64: E[x^2] - m^2
-        # would cancel in float32 for a mean far from zero.
-        var, mean = torch.var_mean(y, dims, correction=0)  # (C,), (C,)
-        var, mean = var.double(), mean.double()
-        count = mean.new_full((1,), y.numel() // y.shape[1])
-        sums = torch.cat([count * mean, count * (var + mean.square()), count])  # (2 C + 1,)
-        total_sum, total_square, n = SumOverProcesses.apply(sums).split([len(mean), len(mean), 1])
-        mean = total_sum / n
-        var = total_square / n - mean.square()
         with torch.no_grad():
-            unbiased = var * n / (n - 1)
+            # From each process its sum, sum of squares and count per channel, in float64:
+            # E[x^2] - m^2 would cancel in float32 for a mean far from zero. The count is padding:
+            # inductor shares the constant parts of a torch.cat between layers, and the all-reduce
+            # of one would change them for the next.
+            # [test_global_batch_norm_compiled_to_machine_code_equals_one_process]
+            mean, var = mean_and_var(y)
+            moments = torch.cat([mean.double(), var.double() + mean.double().square()])  # (2 C,)
+            sums = F.pad(moments, (0, 1), value=1.0) * (y.numel() // y.shape[1])  # (2 C + 1,)
+            dist.all_reduce(sums)
+            total_sum, total_square, count = sums.split([len(mean), len(mean), 1])
+            mean = total_sum / count
+            var = total_square / count - mean.square()
+
+            unbiased = var * count / (count - 1)
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
             self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
             self.num_batches_tracked.add_(1)
+            mean, var = mean.to(y.dtype), var.to(y.dtype)
 
-        scale = self.weight * (var + self.eps).rsqrt().to(y.dtype)  # (C,)
-        shape = [1, -1] + [1] * (x.dim() - 2)
-        centred = y - mean.to(y.dtype).view(shape)
-        return torch.addcmul(self.bias.view(shape), centred, scale.view(shape)).to(x.dtype)
+        out = Normalize.apply(y, self.weight, self.bias, mean, var, count, self.eps)
+        return out.to(x.dtype)
 
 
 def convert_batch_norm(network: nn.Module) -> nn.Module:
