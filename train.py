@@ -403,20 +403,18 @@ def distributed(device_name: str, precision: str) -> Iterator[tuple[torch.device
 
 
 def wrap_ddp(network: nn.Module, device: torch.device) -> nn.Module:
-    """Wraps the network in DDP, if there are several processes. GlobalBatchNorm keeps the buffers
-    of all processes equal. For a network with per-process BN (fine-tuning) DDP broadcasts the
-    buffers of rank 0 before each forward pass on CPUs."""
+    """Wraps the network in DDP, if there are several processes. DDP need not send rank 0's buffers
+    before each forward pass: the statistics of GlobalBatchNorm are the same on all processes, and
+    those of per-process BN (fine-tuning) are sent before an evaluation, which alone uses them."""
     if WORLD == 1:
         return network
     ddp = nn.parallel.DistributedDataParallel
     new_name = "forward_sync_buffers" in inspect.signature(ddp).parameters  # torch >= 2.13
-    sync_buffers = "forward_sync_buffers" if new_name else "broadcast_buffers"
-    has_global_bn = any(isinstance(module, GlobalBatchNorm) for module in network.modules())
     return ddp(
         network,
         device_ids=[device.index] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,
-        **{sync_buffers: device.type == "cpu" and not has_global_bn},
+        **{"forward_sync_buffers" if new_name else "broadcast_buffers": False},
     )
 
 
@@ -1118,16 +1116,16 @@ def normalize(x: Tensor, dataset: str) -> Tensor:
 
 
 def mean_and_var(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (C,) and biased variance (C,) of the channels of x (n, C) or (n, C, h, w)."""
-    if x.device.type == "cpu":  # nn.BatchNorm's own function; var_mean is many times slower there
+    """Mean (C,) and biased variance (C,) of x (n, C, ...) over all dimensions but the second."""
+    if x.device.type == "cpu":  # what nn.BatchNorm calls there; var_mean is many times slower
         return torch.batch_norm_update_stats(x, None, None, 0.0)
     var, mean = torch.var_mean(x, [0, *range(2, x.dim())], correction=0)
     return mean, var
 
 
 class Normalize(torch.autograd.Function):
-    """Normalises x (n, C) or (n, C, h, w) by mean (C,) and biased variance (C,), which are those
-    of the `count` (1,) values per channel of all processes. The gradient goes through mean and
+    """Batch norm of x (n, C, ...) by the mean (C,) and the biased variance (C,) over all processes,
+    which together hold `count` (1,) values per channel. The gradient passes through mean and
     variance, too (Ioffe & Szegedy 2015, section 3)."""
 
     @staticmethod
@@ -1139,18 +1137,19 @@ class Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, var, count = ctx.saved_tensors
-        # As if mean and variance were constants. With z = (x - mean) / std the three are
-        # grad * weight / std, sum(grad * z) and sum(grad), summed over this process's values.
+        rstd = (var + ctx.eps).rsqrt()
+        # With mean and variance as constants, and z = (x - mean) * rstd: grad * weight * rstd, and
+        # this process's sums of grad * z and of grad.
         grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-            grad, x, weight, mean, var, None, None, False, ctx.eps, [True, True, True]
+            grad, x, weight, mean, var, mean, rstd, False, ctx.eps, [True, True, True]
         )
 
-        # Through mean and variance: minus weight / std * (average(grad * z) * z + average(grad)),
-        # averaged over all processes. That, too, is a batch norm of x.
-        averages = torch.stack([grad_weight, grad_bias]) / count  # (2, C), in float64
-        dist.all_reduce(averages)
-        slope, offset = averages.to(x.dtype) * weight / (var + ctx.eps).sqrt()  # (C,), (C,)
-        grad_x -= F.batch_norm(x, mean, var, slope, offset, eps=ctx.eps)
+        # Through mean and variance: -weight * rstd * (mean(grad * z) * z + mean(grad)), with means
+        # over all processes. That is one more batch norm of x, with another weight and bias.
+        means = torch.stack([grad_weight, grad_bias]) / count  # (2, C), float64 as count is
+        dist.all_reduce(means)
+        w, b = -means.to(x.dtype) * weight * rstd  # (C,), (C,)
+        grad_x = F.batch_norm(x, mean, var, w, b, eps=ctx.eps).add_(grad_x)
         return grad_x, grad_weight, grad_bias, None, None, None, None
 
 
@@ -1164,20 +1163,21 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
     def _check_input_dim(self, x: Tensor):
         pass
 
-    def forward(self, x: Tensor) -> Tensor:  # (n, C) or (n, C, h, w)
+    def forward(self, x: Tensor) -> Tensor:  # (n, C, ...)
         if not self.training:
             return super().forward(x)
         y = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
         with torch.no_grad():
             # From each process its sum, sum of squares and count per channel, in float64:
-            # E[x^2] - m^2 would cancel in float32 for a mean far from zero. The count is padding:
-            # inductor shares the constant parts of a torch.cat between layers, and the all-reduce
-            # of one would change them for the next.
+            # E[x^2] - m^2 would cancel in float32 for a mean far from zero. The count is padding,
+            # since inductor shares constant parts of a torch.cat between layers, and the
+            # all-reduce of one layer would overwrite that of the next.
             # [test_global_batch_norm_compiled_to_machine_code_equals_one_process]
             mean, var = mean_and_var(y)
             moments = torch.cat([mean.double(), var.double() + mean.double().square()])  # (2 C,)
-            sums = F.pad(moments, (0, 1), value=1.0) * (y.numel() // y.shape[1])  # (2 C + 1,)
+            values = y.numel() // y.shape[1]  # per channel
+            sums = F.pad(moments, (0, 1), value=1.0) * values  # (2 C + 1,)
             dist.all_reduce(sums)
             total_sum, total_square, count = sums.split([len(mean), len(mean), 1])
             mean = total_sum / count
