@@ -1,12 +1,12 @@
 """Evaluate a pretrained ResNet: from this project, the official INTL release or another publisher.
 
     python linear_eval.py                                            # the default run, runs/shapes
+    python linear_eval.py --random                                   # untrained, for comparison
     python linear_eval.py --checkpoint runs/cifar10/checkpoint.pt --data data/cifar10
-    python linear_eval.py --checkpoint runs/cifar10/checkpoint.pt --data data/cifar10 --random
     python linear_eval.py --protocol finetune --percent 1 --checkpoint r50.pt --data imagenet
     torchrun --nproc_per_node 8 linear_eval.py --protocol linear --checkpoint r50.pt --data imagenet
 
-The protocols of the official release:
+The protocols are those of the official release (winci-ai/INTL):
     features   CIFAR: a linear classifier on features that are computed once, without augmentation
                (Adam, batch 1000, 500 epochs, learning rate 1e-2 to 1e-6)
     knn        the same features: 5 nearest neighbors by Euclidean distance; also 10 and 20 by
@@ -16,8 +16,9 @@ The protocols of the official release:
     finetune   backbone and classifier, on a subset of the labels (SGD, batch 256, 20 epochs)
 
 features and linear train one classifier for each of several learning rates in the same pass and
-report all of them, the published rate first. Results are appended to results.jsonl beside the
-checkpoint, or in --output. Rerun the same command to resume an interrupted linear or finetune.
+report all of them, the published rate first (0.00 if that classifier has diverged). Results are
+appended to results.jsonl beside the checkpoint, or in --output. linear and finetune leave linear.pt
+and finetune.pt there: the same command resumes from them or, if they are finished, validates again.
 """
 
 import argparse
@@ -27,9 +28,9 @@ import math
 import sys
 import time
 from collections import defaultdict
-from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PosixPath
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -37,88 +38,110 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from train import (
-    ARCHS,
-    MEAN_STD,
-    RANK,
-    STEMS,
-    WORLD,
-    HelpFormatter,
-    MultiViewDataset,
-    add_common_flags,
-    all_gather_rows,
-    batch_indices,
-    bounded,
-    build_backbone,
-    distributed,
-    eval_loader,
-    extract_features,
-    knn_top1,
-    load_data,
-    lock_output_dir,
-    make_loader,
-    non_negative,
-    normalize,
-    positive_int,
-    print_rank0,
-    read_checkpoint,
-    resume,
-    save_checkpoint,
-    to_device,
-    wrap_ddp,
-)
+import train
 
-# Epochs and learning rates. The published rate comes first (linear: 0.4 after multi-crop); the
-# others are for networks that need a different one.
+# The settings of each protocol, as published; flags of the same names change them. Of several
+# learning rates the published one is the first: the others are for networks that need another one.
+# (After multi-crop: linear 0.4, encoder_lr 0.004.)
+# fmt: off
 PROTOCOLS = {
-    "features": (500, [0.01, 0.001, 0.1]),
-    "knn": (0, []),
-    "linear": (100, [0.2, 0.4, 0.02, 0.1, 1.0, 5.0, 30.0]),
-    "finetune": (20, [0.2]),
+    "features": {"epochs": 500, "lr": [0.01, 0.001, 0.1]},
+    "knn": {},
+    "linear": {
+        "epochs": 100, "lr": [0.2, 0.4, 0.02, 0.1, 1.0, 5.0, 30.0],
+        "batch_size": 256, "weight_decay": 0.0,
+    },
+    "finetune": {
+        "epochs": 20, "lr": [0.2], "encoder_lr": 0.006, "schedule": "constant",
+        "batch_size": 256, "weight_decay": 0.0, "percent": None, "labels_file": None,
+    },
 }
-# Flags that only concern some protocols; results.jsonl records them for these.
-PROTOCOL_FLAGS = {
-    "features": [],
-    "knn": [],
-    "linear": ["batch_size", "weight_decay"],
-    "finetune": ["batch_size", "weight_decay", "encoder_lr", "schedule", "percent", "labels_file"],
-}
-DEFAULT_CHECKPOINT = Path("runs/shapes/checkpoint.pt")
-# A file may contain several ResNets. The earliest of these names decides: in a file of train.py the
-# student ("network"), as published; in DINO's the teacher; in others the trained network, not its
-# moving average ("momentum_backbone", "encoder_k", "target_encoder", ...).
-PREFERRED = "network teacher backbone encoder encoder_q base_encoder online_encoder".split()
+# fmt: on
 
 
 # --- Reading the checkpoint of any publisher ------------------------------------------------------
 
+# If a file holds several ResNets, the one with the earliest of these in its name is evaluated.
+PREFERRED = [
+    "network",  # train.py: the student, as published, not the teacher
+    "teacher",  # DINO, whose published results are the teacher's
+    "backbone",  # INTL, solo-learn: not momentum_backbone
+    "encoder",  # solo-learn, earlier: not momentum_encoder
+    "encoder_q",  # MoCo v1, v2: not encoder_k
+    "base_encoder",  # MoCo v3: not momentum_encoder
+    "online_encoder",  # BYOL: not target_encoder
+]
+# Types that published files hold beside their tensors, and that are harmless in a pickle. A number
+# of numpy has one of two names, depending on the version of numpy that wrote it.
+NUMPY_SCALAR = np.float64(0).__reduce__()[0]
+HARMLESS = [
+    argparse.Namespace,
+    PosixPath,
+    np.dtype,
+    *[type(np.dtype(name)) for name in ("bool", "int32", "int64", "float32", "float64")],
+    (NUMPY_SCALAR, "numpy.core.multiarray.scalar"),
+    (NUMPY_SCALAR, "numpy._core.multiarray.scalar"),
+]
+
+
+def add_backbone_flags(parser: argparse.ArgumentParser):
+    """The flags of linear_eval.py and detect_transfer.py that choose the network."""
+    # fmt: off
+    add = parser.add_argument
+    add("--checkpoint", type=Path, default="runs/shapes/checkpoint.pt", help="any ResNet")
+    add("--arch", choices=train.ARCHS, metavar="RESNET", help="None: as pretrained, or resnet50")
+    add("--stem", choices=train.STEMS, help="first layers; None: as pretrained, or imagenet")
+    add("--random", action="store_true", help="keep the random initial weights, for comparison; "
+        "--checkpoint then only tells --arch, --stem and data, and is not read if --arch is given")
+    # fmt: on
+
 
 def read_backbone(args: argparse.Namespace, **options) -> tuple[nn.Module, int, dict]:
-    """The network that the flags name, the width of its features, and the settings that train.py
-    saved with it (otherwise arch and stem). `options` go to torchvision's constructor."""
-    if args.checkpoint is None and not (args.random and args.arch):
-        args.checkpoint = DEFAULT_CHECKPOINT
+    """The network that the flags name, the width of its features, and the settings of its
+    pretraining: train.py's config, with the epoch of a checkpoint; for other files arch and stem.
+    `options` go to torchvision's constructor. Exits if the file is not wholly that network."""
+    path = args.checkpoint
     saved = {}
-    if args.checkpoint is not None:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # DINO's files contain one
-            saved = read_checkpoint(args.checkpoint)
-
-    settings = saved.get("config")
-    if not isinstance(settings, dict) or not {"arch", "stem", "seed"} <= settings.keys():
-        settings = {}  # not a file of train.py: others use the name "config", too
-    arch = args.arch or settings.get("arch") or "resnet50"
-    stem = args.stem or settings.get("stem") or "imagenet"
+    settings = {}
+    if not (args.random and args.arch):
+        saved = train.read_checkpoint(path, safe=HARMLESS)
+        settings = read_settings(path, saved)
+    arch = args.arch or settings.get("arch", "resnet50")
+    stem = args.stem or settings.get("stem", "imagenet")
+    # Several stems have the same shapes: loading the weights would not tell them apart.
+    for name, value in (("arch", arch), ("stem", stem)):
+        if settings.get(name, value) != value:
+            sys.exit(f"--{name} {value}: {path} was trained with --{name} {settings[name]}")
 
     torch.manual_seed(args.seed)
-    backbone, width = build_backbone(arch, stem, **options)
-    if not args.random:
-        load_weights(backbone, saved, args.checkpoint, f"{arch} with stem {stem}")
+    backbone, width = train.build_backbone(arch, stem, **options)
+    if args.random:
+        train.print_rank0(f"{arch} with stem {stem} and RANDOM weights")
+    else:
+        load_weights(backbone, saved, path, f"{arch} with stem {stem}")
+        if "steps_per_epoch" in settings and "step" in saved:
+            settings["epoch"] = round(saved["step"] / settings["steps_per_epoch"], 3)
+            if settings["epoch"] < settings["epochs"]:
+                progress = f"trained {settings['epoch']:g} of {settings['epochs']} epochs"
+                train.print_rank0(f"{path}: {progress}")
     return backbone, width, {**settings, "arch": arch, "stem": stem}
 
 
+def read_settings(path: Path, saved: dict) -> dict:
+    """The config that train.py saved in a checkpoint, or as config.json beside a backbone.pt.
+    {} for a file of others, who use the name "config", too."""
+    config = saved.get("config")
+    beside = path.with_name("config.json")
+    if path.name == "backbone.pt" and beside.exists():
+        config = json.loads(beside.read_text())
+    if isinstance(config, dict) and {"arch", "stem", "seed"} <= config.keys():
+        return dict(config)
+    return {}
+
+
 def load_weights(backbone: nn.Module, saved: dict, path: Path, kind: str):
-    """Copy the ResNet in a file into the backbone, or exit: a network of which a part is random, or
-    only a part of another network, is never evaluated."""
+    """Copies the ResNet in a file into the backbone. Exits if a layer is missing, left over or of
+    another shape, or if a weight is not finite."""
     tensors = flatten(saved)
     prefixes = find_resnets(tensors)
     if not prefixes:
@@ -127,28 +150,30 @@ def load_weights(backbone: nn.Module, saved: dict, path: Path, kind: str):
             f"layer1.0.conv1.weight, ...). Its tensors: {list(tensors)[:5]}"
         )
     prefix = prefixes[0]
-    weights = {
-        name.removeprefix(prefix): value
-        for name, value in tensors.items()
-        if name.startswith(prefix)
-    }
+    layers = {name.split(".")[0] for name in backbone.state_dict()}  # conv1, bn1, layer1, ...
+    weights = {}
+    others = []
+    for full_name, value in tensors.items():
+        name = full_name.removeprefix(prefix)
+        if full_name.startswith(prefix) and name.split(".")[0] in layers:
+            weights[name] = value
+        else:
+            others.append(full_name)
 
-    not_that_kind = f"{path} is not a {kind}: set --arch and --stem"
     try:
-        missing, unused = backbone.load_state_dict(weights, strict=False)
-    except RuntimeError as error:  # the shapes differ
-        sys.exit(f"{not_that_kind}. {str(error).splitlines()[1].strip()}")
-    problems = [f"{prefix}{name} is missing" for name in missing]
-    problems += [f"{prefix}{name} is not used" for name in unused if name.startswith("layer")]
-    if problems:
-        sys.exit(f"{not_that_kind}. {problems[0]}, and {len(problems) - 1} more differences")
-
+        backbone.load_state_dict(weights)
+    except RuntimeError as error:  # names what is missing, left over, or of another shape
+        reason = "; ".join(line.strip()[:120] for line in str(error).splitlines()[1:4])
+        sys.exit(f"{path} is not a {kind}: set --arch and --stem. {prefix}*: {reason}")
     for name, value in backbone.state_dict().items():
         if not value.isfinite().all():
             sys.exit(f"{path}: {prefix}{name} is not finite: the run that saved it has diverged")
-    print_rank0(f"{path}: {kind}, {len(weights)} tensors {prefix}*, of which not used: {unused}")
+
+    train.print_rank0(f"{path}: {kind}, {len(weights)} tensors {prefix}*")
     if len(prefixes) > 1:
-        print_rank0(f"{path}: took {prefix}*, not the other networks {prefixes[1:]}")
+        train.print_rank0(f"{path}: took {prefix}*, not the other networks {prefixes[1:]}")
+    elif others:
+        train.print_rank0(f"{path}: {len(others)} other tensors are not used: {others[:3]} ...")
 
 
 def flatten(entries: dict, path: str = "") -> dict[str, Tensor]:
@@ -164,8 +189,8 @@ def flatten(entries: dict, path: str = "") -> dict[str, Tensor]:
 
 
 def find_resnets(tensors: dict[str, Tensor]) -> list[str]:
-    """The prefix of each ResNet's names, for example "teacher.backbone." and "student.backbone.".
-    The preferred one comes first, equally preferred ones are in the order of the file."""
+    """What precedes torchvision's names in those of each ResNet, such as "teacher.backbone.": the
+    preferred network first, equally preferred ones in the order of the file."""
     prefixes = []
     for name in tensors:
         prefix = name.removesuffix("conv1.weight")
@@ -173,93 +198,92 @@ def find_resnets(tensors: dict[str, Tensor]) -> list[str]:
             prefixes.append(prefix)
 
     def preference(prefix: str) -> int:
-        parts = prefix.split(".")
-        for i, part in enumerate(PREFERRED):
-            if part in parts:
-                return i
-        return len(PREFERRED)
+        ranks = [PREFERRED.index(part) for part in prefix.split(".") if part in PREFERRED]
+        return min(ranks, default=len(PREFERRED))
 
     return sorted(prefixes, key=preference)
 
 
-# --- The labelled images of finetune --------------------------------------------------------------
+# --- The labeled images of finetune ---------------------------------------------------------------
 
 
-def select_labelled_subset(
-    train_set: Dataset, percent: float, labels_file: str | None, seed: int
-) -> Tensor:
-    """Indices of the images that the file lists; without a file, of `percent` of the images of each
-    class, but at least one of each."""
-    if labels_file is not None:
-        return read_labels_file(labels_file, train_set)
-    generator = torch.Generator().manual_seed(seed)
+def select_labeled(train_set: Dataset, config: dict) -> Tensor:
+    """Indices of the images whose labels a protocol uses: those in labels_file, or `percent` of
+    each class, but at least one, or all."""
+    if config.get("labels_file"):
+        return read_labels_file(Path(config["labels_file"]), train_set)
+    if config.get("percent") is None:
+        return torch.arange(len(train_set))
+    generator = torch.Generator().manual_seed(config["seed"])
     selected = []
     for label in range(len(train_set.classes)):
         members = (train_set.targets == label).nonzero()[:, 0]
         members = members[torch.randperm(len(members), generator=generator)]
-        selected.append(members[: max(1, round(len(members) * percent / 100))])
+        selected.append(members[: max(1, round(len(members) * config["percent"] / 100))])
     return torch.cat(selected).sort().values
 
 
-def read_labels_file(path: str, train_set: Dataset) -> Tensor:
-    """Indices of the listed images. A line is a path relative to train/ (class/name), or a file
-    name if it is unique. Blank lines are skipped; an image that is listed twice counts once."""
+def read_labels_file(path: Path, train_set: Dataset) -> Tensor:
+    """Indices of the listed images. A line is a path relative to train/, class/name, or a file name
+    if it is unique. Blank lines are skipped; an image that is listed twice counts once."""
     if not hasattr(train_set, "samples"):
         sys.exit(f"--labels-file {path}: --data contains no image files in train/<class>/")
-    root = f"{train_set.root}/"
+    paths = [sample[0].removeprefix(f"{train_set.root}/") for sample in train_set.samples]
     indices_by_name = defaultdict(list)
-    for i, (image_path, _) in enumerate(train_set.samples):
-        relative_path = image_path.removeprefix(root)
-        file_name = relative_path.rpartition("/")[2]
-        indices_by_name[relative_path].append(i)
-        indices_by_name[file_name].append(i)
+    for i, name in enumerate(paths):
+        indices_by_name[name].append(i)
+        indices_by_name[name.rpartition("/")[2]].append(i)
 
-    # the error handler with which Python decodes file names: they need not be UTF-8
-    text = Path(path).read_text(encoding="utf-8-sig", errors="surrogateescape")
-    selected = []
-    for number, line in enumerate(text.split("\n"), start=1):
+    selected = set()
+    for number, line in enumerate(path.read_text().split("\n"), start=1):
         if not line.strip():
             continue
         found = indices_by_name.get(line, [])
         if not found:
-            sys.exit(f"{path}, line {number}: {root} contains no image {line!r}")
+            sys.exit(f"{path}, line {number}: {train_set.root} contains no image {line!r}")
         if len(found) > 1:
-            paths = [train_set.samples[i][0].removeprefix(root) for i in found]
             sys.exit(
-                f"{path}, line {number}: {line!r} is the name of {len(paths)} images. "
-                f"Write class/name, for example {paths[0]!r} or {paths[1]!r}"
+                f"{path}, line {number}: {line!r} is the name of {len(found)} images. Write "
+                f"class/name, for example {paths[found[0]]!r}"
             )
-        selected.append(found[0])
+        selected.add(found[0])
     if not selected:
         sys.exit(f"{path} lists no images")
-    return torch.tensor(sorted(set(selected)))
+    return torch.tensor(sorted(selected))
 
 
-# --- Linear classifiers ---------------------------------------------------------------------------
+# --- features and knn -----------------------------------------------------------------------------
 
 
 def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
-    """Logits (H, b, classes) of H classifiers, labels (b,) -> counts of top-1 and top-5 (H, 2)."""
-    logits = logits.nan_to_num(nan=-torch.inf)  # a classifier may have diverged
+    """Logits (H, b, classes) of H classifiers, labels (b,) -> counts of top-1 and top-5 (H, 2). A
+    classifier that has diverged, so that its logits are NaN, is never correct."""
     top5 = logits.topk(min(5, logits.shape[-1])).indices  # (H, b, 5)
-    correct = top5 == labels[:, None]  # (H, b, 5)
+    correct = (top5 == labels[:, None]) & ~logits.isnan().any(-1, keepdim=True)  # (H, b, 5)
     return torch.stack([correct[..., 0].sum(1), correct.any(-1).sum(1)], dim=1)
 
 
-def train_linear_probe(
-    x: Tensor, y: Tensor, x_val: Tensor, y_val: Tensor, lrs: list[float], epochs: int, seed: int
-) -> list[list[float]]:
-    """The CIFAR protocol on features x (n, width) and labels y (n,): a classifier for each learning
-    rate, and its top-1 and top-5 in percent on x_val (q, width), y_val (q,). Adam, batch 1000,
-    weight decay 5e-6; the learning rate falls exponentially to 1e-4 of its initial value."""
-    torch.manual_seed(seed)
-    initial_head = nn.Linear(x.shape[1], 1 + int(y.max())).to(x.device)
-    heads = [copy.deepcopy(initial_head) for _ in lrs]
-    groups = [{"params": head.parameters(), "lr": lr} for head, lr in zip(heads, lrs)]
-    optimizer = torch.optim.Adam(groups, weight_decay=5e-6)
-    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=1e-4 ** (1 / epochs))
+def by_learning_rate(counts: Tensor, images: int, config: dict) -> dict[str, list[float]]:
+    """Counts (H, 2) of correctly classified images -> {name: [top-1, top-5]} in percent."""
+    percentages = (100 * counts / images).tolist()
+    return {f"learning rate {lr:g}": values for lr, values in zip(config["lr"], percentages)}
 
-    for _ in range(epochs):
+
+def train_on_features(
+    x: Tensor, y: Tensor, x_val: Tensor, y_val: Tensor, classes: int, config: dict
+) -> dict[str, list[float]]:
+    """The CIFAR protocol on features x (n, width), x_val (q, width) and labels y (n,), y_val (q,):
+    a classifier for each learning rate, by Adam with batch 1000 and weight decay 5e-6. The learning
+    rate falls exponentially to 1e-4 of its initial value."""
+    torch.manual_seed(config["seed"])
+    initial_head = nn.Linear(x.shape[1], classes).to(x.device)
+    heads = [copy.deepcopy(initial_head) for _ in config["lr"]]
+    groups = [{"params": head.parameters(), "lr": lr} for head, lr in zip(heads, config["lr"])]
+    optimizer = torch.optim.Adam(groups, weight_decay=5e-6)
+    gamma = 1e-4 ** (1 / config["epochs"])
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma)
+
+    for _ in range(config["epochs"]):
         for batch in torch.randperm(len(x)).to(x.device).split(1000):
             optimizer.zero_grad()
             loss = sum(F.cross_entropy(head(x[batch]), y[batch]) for head in heads)
@@ -268,403 +292,302 @@ def train_linear_probe(
         schedule.step()
 
     logits = torch.stack([head(x_val) for head in heads]).detach()  # (H, q, classes)
-    return (100 * count_correct(logits, y_val) / len(y_val)).tolist()
+    return by_learning_rate(count_correct(logits, y_val), len(y_val), config)
 
 
-class Classifier(nn.Module):
-    """A backbone, frozen or not, and H linear classifiers on its features, initialized alike."""
+def nearest_neighbors(x: Tensor, y: Tensor, x_val: Tensor, y_val: Tensor) -> dict[str, list[float]]:
+    """k-NN on features x (n, width), x_val (q, width) with labels y (n,), y_val (q,)."""
+    unit_x = F.normalize(x, dim=1)
+    unit_x_val = F.normalize(x_val, dim=1)
+    results = {"5 nearest, Euclidean": [train.knn_top1(x, y, x_val, y_val, k=5)]}
+    for k in (10, 20):
+        top1 = train.knn_top1(unit_x, y, unit_x_val, y_val, k=k, temperature=0.07)
+        results[f"{k} nearest, cosine"] = [top1]
+    return results
 
-    def __init__(
-        self,
-        backbone: nn.Module,
-        width: int,
-        classes: int,
-        heads: int,
-        frozen: bool,
-        dtype: torch.dtype,
-    ):
+
+# --- linear and finetune --------------------------------------------------------------------------
+
+
+class Classifiers(nn.Module):
+    """A backbone and linear classifiers on its features, initialized alike."""
+
+    def __init__(self, backbone: nn.Module, width: int, classes: int, heads: int, precision: str):
         super().__init__()
-        self.backbone = backbone.requires_grad_(not frozen)
-        self.frozen = frozen
-        self.dtype = dtype
+        self.backbone = backbone
+        self.precision = precision
         initial_head = nn.Linear(width, classes)
         nn.init.normal_(initial_head.weight, std=0.01)
         nn.init.zeros_(initial_head.bias)
         self.heads = nn.ModuleList(copy.deepcopy(initial_head) for _ in range(heads))
 
-    def train(self, mode: bool = True):
-        super().train(mode)
-        if self.frozen:
-            self.backbone.eval()  # freezes the BN statistics, too
-        return self
-
     def forward(self, x: Tensor) -> Tensor:  # (b, 3, s, s) -> (H, b, classes)
-        with torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        with train.autocast(x.device, self.precision):
             features = self.backbone(x)  # (b, width)
         return torch.stack([head(features.float()) for head in self.heads])
 
 
-# --- The protocols: each returns {name: [top-1, top-5]}, or {name: [top-1]}, in percent -----------
-
-
-@dataclass
-class Setup:
-    """What the protocols have in common."""
-
-    args: argparse.Namespace
-    backbone: nn.Module
-    width: int
-    train_set: Dataset
-    val_set: Dataset
-    rows: dict[str, Tensor]  # the training images of linear and of finetune, as indices
-    output_dir: Path
-    device: torch.device
-    dtype: torch.dtype
-
-
-def extract_all_features(setup: Setup, config: dict) -> tuple[Tensor, ...]:
-    """This process's share of the features x (n, width), labels y (n,), x_val and y_val."""
-    dataset = config["dataset"]
-
-    def extract(images: Dataset) -> tuple[Tensor, Tensor]:
-        loader = eval_loader(images, dataset, config["size"], setup.args.workers)
-        return extract_features(setup.backbone, loader, dataset, setup.device, setup.dtype)
-
-    x, y = extract(setup.train_set)
-    x_val, y_val = extract(setup.val_set)
-    return x, y, x_val, y_val
-
-
-def run_features(config: dict, features: tuple[Tensor, ...]) -> dict[str, list[float]]:
-    """Every process trains the same classifiers, on the features of all processes."""
-    x, y, x_val, y_val = features  # of this process's images RANK, RANK + WORLD, ...
-    indices = torch.arange(len(x)) * WORLD + RANK
-    order = all_gather_rows(indices).argsort()  # restores the order of the data set
-    x = all_gather_rows(x.float())[order]
-    y = all_gather_rows(y)[order]
-    x_val = all_gather_rows(x_val.float())
-    y_val = all_gather_rows(y_val)
-
-    lrs = config["rates"]
-    accuracies = train_linear_probe(x, y, x_val, y_val, lrs, config["epochs"], config["seed"])
-    return by_learning_rate(lrs, accuracies)
-
-
-def run_knn(features: tuple[Tensor, ...]) -> dict[str, list[float]]:
-    """The features remain distributed over the processes."""
-    x, y, x_val, y_val = features
-    unit_x = F.normalize(x.float(), dim=1)
-    unit_x_val = F.normalize(x_val.float(), dim=1)
-    return {
-        "5 nearest, Euclidean": [knn_top1(x, y, x_val, y_val, k=5)],
-        "10 nearest, cosine": [knn_top1(unit_x, y, unit_x_val, y_val, k=10, temperature=0.07)],
-        "20 nearest, cosine": [knn_top1(unit_x, y, unit_x_val, y_val, k=20, temperature=0.07)],
-    }
-
-
-def run_linear(setup: Setup, config: dict) -> dict[str, list[float]]:
-    """Classifiers with several learning rates on the frozen backbone, all in the same pass."""
-    model = build_classifier(setup, heads=len(config["rates"]), frozen=True)
-    groups = [
-        {"params": head.parameters(), "rate": lr} for head, lr in zip(model.heads, config["rates"])
-    ]
-    return train_classifier(setup, config, model, groups)
-
-
-def run_finetune(setup: Setup, config: dict) -> dict[str, list[float]]:
-    """One classifier, and the backbone with another learning rate. As published, BN uses the
-    statistics of each process's share of the batch."""
-    model = build_classifier(setup, heads=1, frozen=False)
-    groups = [
-        {"params": model.heads.parameters(), "rate": config["rates"][0]},
-        {"params": model.backbone.parameters(), "rate": config["encoder_lr"]},
-    ]
-    return train_classifier(setup, config, model, groups)
-
-
-def by_learning_rate(lrs: list[float], accuracies: list[list[float]]) -> dict[str, list[float]]:
-    return {f"learning rate {lr:g}": accuracy for lr, accuracy in zip(lrs, accuracies)}
-
-
-def build_classifier(setup: Setup, heads: int, frozen: bool) -> Classifier:
-    torch.manual_seed(setup.args.seed)
-    classes = len(setup.train_set.classes)
-    model = Classifier(setup.backbone, setup.width, classes, heads, frozen, setup.dtype)
-    return model.to(setup.device)
-
-
-def lr_factor(protocol: str, schedule: str, step: int, steps_per_epoch: int, epochs: int) -> float:
+def lr_factor(config: dict, step: int, steps_per_epoch: int) -> float:
     """linear: divided by 10 at 60 % and at 80 % of the epochs; finetune: constant, or a cosine."""
-    if protocol == "linear":
+    if config["protocol"] == "linear":
         epoch = step // steps_per_epoch
-        if epoch >= 0.8 * epochs:
-            return 0.1**2
-        if epoch >= 0.6 * epochs:
-            return 0.1
+        passed = [milestone for milestone in (0.6, 0.8) if epoch >= milestone * config["epochs"]]
+        return 0.1 ** len(passed)
+    if config["schedule"] == "constant":
         return 1.0
-    if schedule == "constant":
-        return 1.0
-    return (1 + math.cos(math.pi * step / (steps_per_epoch * epochs))) / 2
+    return (1 + math.cos(math.pi * step / (steps_per_epoch * config["epochs"]))) / 2
 
 
-def train_classifier(
-    setup: Setup, config: dict, model: Classifier, groups: list[dict]
-) -> dict[str, list[float]]:
-    """Train by SGD, resuming from <protocol>.pt if it exists, and validate at the end. Each of the
-    optimizer's groups has a "rate": its initial learning rate per 256 images of the batch."""
-    args = setup.args
-    device = setup.device
+def exit_if_diverged(model: Classifiers, step: int):
+    """One classifier that has diverged does not end the others."""
+    heads = [head.state_dict() for head in model.heads]
+    finite = [head for head in heads if all(value.isfinite().all() for value in head.values())]
+    train.exit_unless_finite([model.backbone.state_dict(), finite or heads], step)
+
+
+def train_classifiers(
+    args: argparse.Namespace,
+    config: dict,
+    model: Classifiers,
+    train_set: Dataset,
+    rows: Tensor,
+    saved: dict | None,
+    path: Path,
+    device: torch.device,
+):
+    """Trains on the images `rows` by SGD, from the checkpoint `saved` if there is one, and saves to
+    `path`. linear: only the classifiers, each with its learning rate. finetune: one classifier, and
+    the backbone with a rate of its own; as published, batch norm uses the statistics of each
+    process's share of the batch."""
     protocol = config["protocol"]
-    epochs = config["epochs"]
-    path = setup.output_dir / f"{protocol}.pt"
-    rows = setup.rows[protocol]
-    steps_per_epoch = len(rows) // args.batch_size
-    for group in groups:
-        group["rate"] = group["rate"] * args.batch_size / 256
-    optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=args.weight_decay)
+    batch_size = config["batch_size"]
+    steps_per_epoch = len(rows) // batch_size
+    total_steps = config["epochs"] * steps_per_epoch
 
-    # resume
+    # Optimizer.
+    lrs = config["lr"]
+    groups = [{"params": head.parameters()} for head in model.heads]
+    model.backbone.requires_grad_(protocol == "finetune")
+    if protocol == "finetune":
+        lrs = [*config["lr"], config["encoder_lr"]]
+        groups.append({"params": model.backbone.parameters()})
+    initial_lrs = [lr * batch_size / 256 for lr in lrs]
+    optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=config["weight_decay"])
+
+    # Resume.
     step = 0
-    saved = resume(path, config)
     if saved:
         step = saved["step"]
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
 
-    # data
+    # Data.
     crop = v2.Compose([v2.RandomResizedCrop(config["size"]), v2.RandomHorizontalFlip()])
-    crops = MultiViewDataset(setup.train_set, [crop], args.seed)
-    batches = batch_indices(rows, args.batch_size, args.seed, step, epochs * steps_per_epoch)
-    loader = make_loader(crops, args.workers, batch_sampler=batches)
+    crops = train.MultiViewDataset(train_set, [crop], config["seed"])
+    batches = train.batch_indices(rows, batch_size, config["seed"], step, total_steps)
+    loader = train.make_loader(crops, args.workers, batch_sampler=batches)
 
-    # train
-    ddp_model = wrap_ddp(model, device)
-    model.train()
-    saved_at = time.time()
+    # Train. A frozen backbone is in eval mode: its batch norm must not change, either.
+    ddp_model = train.wrap_ddp(model, device)
+    model.train(protocol == "finetune")
+    saved_at = time.monotonic()
     for (x,), y in loader:
-        x = to_device(x, device)  # (b, 3, s, s) uint8
-        y = to_device(y, device)  # (b,)
-        factor = lr_factor(protocol, args.schedule, step, steps_per_epoch, epochs)
-        for group in optimizer.param_groups:
-            group["lr"] = group["rate"] * factor
+        x = train.to_device(x, device)  # (b, 3, s, s) uint8
+        y = train.to_device(y, device)  # (b,)
+        factor = lr_factor(config, step, steps_per_epoch)
+        for group, initial_lr in zip(optimizer.param_groups, initial_lrs):
+            group["lr"] = initial_lr * factor
 
-        logits = ddp_model(normalize(x / 255, config["dataset"]))  # (H, b, classes)
+        logits = ddp_model(train.normalize(x / 255, config["dataset"]))  # (H, b, classes)
         losses = torch.stack([F.cross_entropy(head_logits, y) for head_logits in logits])  # (H,)
         optimizer.zero_grad()
         losses.sum().backward()
         optimizer.step()
         step += 1
 
-        # log, save
+        # Log, save.
         if step % args.log_every == 0:
             shown = ", ".join(f"{loss:.3f}" for loss in losses.tolist())
-            print_rank0(f"{protocol} epoch {step / steps_per_epoch:.2f}/{epochs}  loss {shown}")
-            if not losses.isfinite().any():
-                sys.exit(
-                    f"{protocol}: the loss is not finite at step {step}. Either the pretrained "
-                    "network has diverged, or a lower --lr is needed"
-                )
-            if RANK == 0 and time.time() - saved_at > 60 * args.save_minutes:
-                state = {
-                    "config": config,
-                    "step": step,
-                    "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                }
-                save_checkpoint(state, path)
-                saved_at = time.time()
-
-    return by_learning_rate(config["rates"], validate(model, setup, config))
+            epoch = step / steps_per_epoch
+            train.print_rank0(f"{protocol} epoch {epoch:.2f}/{config['epochs']}  loss {shown}")
+        is_due = time.monotonic() - saved_at > 60 * args.save_minutes
+        if train.RANK == 0 and (is_due or step == total_steps):
+            exit_if_diverged(model, step)
+            state = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "config": config,
+                "step": step,
+            }
+            train.save(path, state)
+            saved_at = time.monotonic()
 
 
 @torch.no_grad()
-def validate(model: Classifier, setup: Setup, config: dict) -> list[list[float]]:
-    """Top-1 and top-5 of each classifier in percent. Each process evaluates its share of the
-    images; every image counts once."""
-    if WORLD > 1 and not model.frozen:
-        for buffer in model.buffers():  # BN statistics differ between processes: take rank 0's
+def validate(
+    model: Classifiers, val_set: Dataset, config: dict, workers: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Each process evaluates its share of the images; every image counts once."""
+    if train.WORLD > 1:
+        # DDP has sent rank 0's batch norm statistics before the last step, not after it.
+        for buffer in model.buffers():
             dist.broadcast(buffer, 0)
     model.eval()
-    device = setup.device
     counts = torch.zeros(len(model.heads), 2, dtype=torch.long, device=device)  # (H, 2)
-    loader = eval_loader(setup.val_set, config["dataset"], config["size"], setup.args.workers)
+    loader = train.eval_loader(val_set, config["dataset"], config["size"], workers)
     for (x,), y in loader:
-        logits = model(normalize(to_device(x, device) / 255, config["dataset"]))  # (H, b, classes)
-        counts += count_correct(logits, to_device(y, device))
-    counts = all_gather_rows(counts[None]).sum(0)
-    return (100 * counts / len(setup.val_set)).tolist()
+        x = train.normalize(train.to_device(x, device) / 255, config["dataset"])
+        counts += count_correct(model(x), train.to_device(y, device))
+    counts = sum(train.gather_objects(counts.cpu()))
+    return by_learning_rate(counts, len(val_set), config)
 
 
 # --- The command ----------------------------------------------------------------------------------
 
 
-def add_backbone_flags(parser: argparse.ArgumentParser):
-    """The flags of linear_eval.py and detect_transfer.py that choose the network."""
-    add = parser.add_argument
-    add("--checkpoint", type=Path, help=f"any ResNet (default: {DEFAULT_CHECKPOINT})")
-    add("--arch", choices=ARCHS, metavar="RESNET", help="(default: as pretrained, or resnet50)")
-    add("--stem", choices=STEMS, help="first layers (default: as pretrained, or imagenet)")
-    add("--random", action="store_true", help="keep the random initial weights, for comparison")
-
-
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    add_common_flags(parser, precision="float32")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=train.HelpFormatter)
+    train.add_common_flags(parser)
     add_backbone_flags(parser)
-    epochs = ", ".join(f"{name} {epochs}" for name, (epochs, _) in PROTOCOLS.items() if epochs)
-    lrs = ", ".join(f"{name} {lrs}" for name, (_, lrs) in PROTOCOLS.items() if lrs)
     # fmt: off
     add = parser.add_argument
     add("--data", type=Path, help="folder with train/ and val/, or torchvision's CIFAR, STL-10")
-    add("--dataset", choices=MEAN_STD, help="kind of --data (default: as pretrained, or folder)")
-    add("--size", type=positive_int, help="pixels (default: as pretrained, or 224; small stems 32)")
+    add("--dataset", choices=train.MEAN_STD, help="what --data holds; None: as pretrained, or "
+        "folder")
+    add("--size", type=int, help="pixels; None: as pretrained, or 224, for small stems 32")
+    add("--precision", choices=["float32", "bfloat16", "float16"], default="float32",
+        help="of the backbone")
     add("--protocol", nargs="+", choices=PROTOCOLS, default=["features", "knn"], help="see above")
-    add("--epochs", type=positive_int, help=f"(default: {epochs})")
-    add("--lr", type=non_negative, nargs="+", help="learning rates, one classifier each; for "
-        f"linear and finetune per 256 images of the batch (default: {lrs})")
-    add("--batch-size", type=positive_int, default=256, help="linear, finetune: GLOBAL batch size")
-    add("--weight-decay", type=non_negative, default=0.0, help="linear, finetune")
-    add("--encoder-lr", type=non_negative, default=0.006, help="finetune: --lr of the backbone; "
-        "published: 0.006, after multi-crop 0.004")
-    add("--schedule", choices=["constant", "cosine"], default="constant", help="finetune: "
-        "constant as published, or cosine as in most papers")
-    add = parser.add_mutually_exclusive_group().add_argument
-    add("--percent", type=bounded(0, 100), default=100, help="finetune: part of each class to use")
-    add("--labels-file", help="finetune: list of images to train on; a line is "
-        "class/name, or a file name if it is unique")
+    group = parser.add_argument_group("settings of the protocols", "None: as published, above")
+    add = group.add_argument
+    add("--epochs", type=int, help="features, linear, finetune")
+    add("--lr", type=float, nargs="+", help="features, linear, finetune: learning rates, a "
+        "classifier for each; for linear and finetune per 256 images of the batch")
+    add("--batch-size", type=int, help="linear, finetune: GLOBAL batch size")
+    add("--weight-decay", type=float, help="linear, finetune")
+    add("--encoder-lr", type=float, help="finetune: --lr of the backbone")
+    add("--schedule", choices=["constant", "cosine"], help="finetune: constant as published, or a "
+        "cosine as in most papers")
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--percent", type=float, help="finetune: part of each class's labels to use")
+    add("--labels-file", help="finetune: names of the images to train on, one a line: class/name, "
+        "or a file name if it is unique")
     # fmt: on
     args = parser.parse_args(argv)
 
-    protocols = set(args.protocol)
-    if "finetune" in protocols and args.lr and len(args.lr) > 1:
+    # A setting that none of the protocols has would be ignored.
+    used = {name for protocol in args.protocol for name in PROTOCOLS[protocol]}
+    for settings in PROTOCOLS.values():
+        for name in settings:
+            if name not in used and getattr(args, name) is not None:
+                flag = "--" + name.replace("_", "-")
+                parser.error(f"{flag} has no effect on --protocol {' '.join(args.protocol)}")
+    for name in ("size", "epochs", "batch_size"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.percent is not None and not 0 < args.percent <= 100:
+        parser.error("--percent must be more than 0 and at most 100")
+    if "finetune" in args.protocol and args.lr is not None and len(args.lr) > 1:
         parser.error("--protocol finetune takes one --lr")
-    if "finetune" in protocols and args.precision == "float16":
+    if "finetune" in args.protocol and args.precision == "float16":
         parser.error("--protocol finetune does not train in float16: set another --precision")
-    if args.percent == 0:
-        parser.error("--percent 0 leaves no labels")
-    if protocols & {"linear", "finetune"} and args.batch_size % WORLD:
-        parser.error(f"--batch-size {args.batch_size} is not a multiple of {WORLD} processes")
     return args
 
 
-def set_up(
-    args: argparse.Namespace, device: torch.device, dtype: torch.dtype
-) -> tuple[Setup, dict]:
-    """The network, the data, and the settings that every protocol records. Faults in the user's
-    files are found here, before the work begins."""
-    # network
-    backbone, width, trained = read_backbone(args)
-    backbone = backbone.to(device, memory_format=torch.channels_last)
+def record(folder: Path, config: dict, results: dict[str, list[float]]):
+    """Prints the results of a protocol, and appends them with its config to results.jsonl."""
+    if train.RANK != 0:
+        return
+    for name, values in results.items():
+        shown = " ".join(f"top-{k} {value:.2f}" for k, value in zip((1, 5), values))
+        print(f"{config['protocol']:10} {name:22} {shown}", flush=True)
+    line = {**config, "results": results, "date": time.strftime("%F %T")}
+    with open(folder / "results.jsonl", "a") as file:
+        file.write(json.dumps(line) + "\n")
 
-    # data
-    dataset = args.dataset or trained.get("dataset", "folder")
-    train_set, val_set = load_data(dataset, args.data, trained.get("seed", 0), labelled=True)
-    if val_set is None or len(train_set.classes) < 2:
+
+def evaluate(args: argparse.Namespace, device: torch.device):
+    """Runs the protocols one after the other. Faults of the user are found before the work."""
+    # Network and data.
+    backbone, width, settings = read_backbone(args)
+    dataset = args.dataset or settings.get("dataset", "folder")
+    train_set, val_set = train.load_data(dataset, args.data, settings.get("seed", 0), labeled=True)
+    if val_set is None:
         sys.exit(f"--data {args.data} needs train/ and val/, each with a folder for every class")
-    if min(len(train_set), len(val_set)) < WORLD:
-        sys.exit(
-            f"{WORLD} processes are too many for {len(train_set)} training and {len(val_set)} "
-            "validation images"
-        )
-    default_size = 224 if trained["stem"] == "imagenet" else 32
-    size = args.size or trained.get("view_sizes", [default_size])[0]
+    classes = len(train_set.classes)
+    default_size = 224 if settings["stem"] == "imagenet" else 32
+    size = args.size or settings.get("view_sizes", [default_size])[0]
 
-    # the images on which linear and finetune train
+    # The configurations: everything on which the results depend. finetune is the last protocol, as
+    # it changes the backbone.
+    configs = {}
     rows = {}
-    if "linear" in args.protocol:
-        rows["linear"] = torch.arange(len(train_set))
-    if "finetune" in args.protocol:
-        rows["finetune"] = select_labelled_subset(
-            train_set, args.percent, args.labels_file, args.seed
-        )
-    for protocol, selected in rows.items():
-        if len(selected) < args.batch_size:
-            sys.exit(
-                f"{protocol}: {len(selected)} training images are less than a batch: lower "
-                f"--batch-size {args.batch_size}"
-            )
-
-    if args.output:
-        output_dir = args.output
-    elif args.checkpoint:
-        output_dir = args.checkpoint.parent
-    else:
-        output_dir = Path("runs/random")
-    total = sum(value.double().abs().sum() for value in backbone.state_dict().values())
-    description = {
-        "checkpoint": str(args.checkpoint),
-        "random": args.random,
-        "precision": args.precision,
-        "weights": float(f"{total:.6g}"),  # tells apart networks that were saved under one name
-        "arch": trained["arch"],
-        "stem": trained["stem"],
-        "dataset": dataset,
-        "size": size,
-        "seed": args.seed,
-    }
-    setup = Setup(args, backbone, width, train_set, val_set, rows, output_dir, device, dtype)
-    return setup, description
-
-
-def evaluate(setup: Setup, description: dict):
-    """Run the protocols, print their results and append them to results.jsonl."""
-    args = setup.args
-    backbone = setup.backbone
-    initial_state = [value.clone() for value in backbone.state_dict().values()]
-    if "features" in args.protocol or "knn" in args.protocol:
-        features = extract_all_features(setup, description)
-
-    for protocol in PROTOCOLS:  # finetune is the last, because it changes the backbone
+    for protocol in PROTOCOLS:
         if protocol not in args.protocol:
             continue
-        start = time.time()
-        epochs, lrs = PROTOCOLS[protocol]
         config = {
             "protocol": protocol,
-            "epochs": args.epochs or epochs,
-            "rates": args.lr or lrs,
-            **description,
-            **{flag: getattr(args, flag) for flag in PROTOCOL_FLAGS[protocol]},
+            "checkpoint": str(args.checkpoint),
+            "checkpoint_epoch": settings.get("epoch"),
+            "random": args.random,
+            "weights": train.digest(*backbone.state_dict().values()),
+            "arch": settings["arch"],
+            "stem": settings["stem"],
+            "dataset": dataset,
+            "data": train.digest(train_set.digest, val_set.digest),
+            "images": [len(train_set), len(val_set)],
+            "size": size,
+            "precision": args.precision,
+            "seed": args.seed,
         }
-        if protocol in setup.rows:
-            config["labelled"] = len(setup.rows[protocol])
+        for name, published in PROTOCOLS[protocol].items():
+            given = getattr(args, name)
+            config[name] = published if given is None else given
+        if protocol in ("linear", "finetune"):
+            rows[protocol] = select_labeled(train_set, config)
+            config["labeled"] = len(rows[protocol])
+            config["labels"] = train.digest(rows[protocol])
+            if config["labeled"] < config["batch_size"] or config["batch_size"] % train.WORLD:
+                sys.exit(
+                    f"{protocol}: --batch-size {config['batch_size']} must be at most the number "
+                    f"of labeled images, {config['labeled']}, and a multiple of the number of "
+                    f"processes, {train.WORLD}"
+                )
+        if protocol == "finetune":
+            config["processes"] = train.WORLD  # each has its own batch norm
+        configs[protocol] = config
 
+    # Output, and what an interrupted run has left there.
+    folder = args.output or args.checkpoint.parent
+    train.lock_folder(folder, ".linear_eval.lock")
+    saved = {name: train.resume(folder / f"{name}.pt", configs[name]) for name in rows}
+
+    backbone = backbone.to(device, memory_format=torch.channels_last)
+    if "features" in configs or "knn" in configs:
+        features = []
+        for images in (train_set, val_set):
+            loader = train.eval_loader(images, dataset, size, args.workers)
+            features += train.extract_features(backbone, loader, dataset, device, args.precision)
+
+    for protocol, config in configs.items():
         if protocol == "features":
-            results = run_features(config, features)
+            results = train_on_features(*features, classes, config)
         elif protocol == "knn":
-            results = run_knn(features)
-        elif protocol == "linear":
-            results = run_linear(setup, config)
+            results = nearest_neighbors(*features)
         else:
-            results = run_finetune(setup, config)
-        if protocol != "finetune":
-            for before, (name, after) in zip(initial_state, backbone.state_dict().items()):
-                if not torch.equal(before, after):
-                    raise RuntimeError(f"{protocol} changed {name} of the frozen backbone")
-
-        if RANK == 0:
-            for name, values in results.items():
-                shown = " ".join(f"top-{k} {value:.2f}" for k, value in zip((1, 5), values))
-                print_rank0(f"{protocol:10} {name:22} {shown}")
-            line = {
-                **config,
-                "results": results,
-                "images": [len(setup.train_set), len(setup.val_set)],
-                "date": time.strftime("%F %T"),
-                "seconds": round(time.time() - start, 1),
-            }
-            with open(setup.output_dir / "results.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
-            if protocol in setup.rows:  # it is finished: nothing is left to resume
-                (setup.output_dir / f"{protocol}.pt").unlink(missing_ok=True)
+            path = folder / f"{protocol}.pt"
+            heads = len(config["lr"])
+            torch.manual_seed(args.seed)
+            model = Classifiers(backbone, width, classes, heads, args.precision).to(device)
+            train_classifiers(
+                args, config, model, train_set, rows[protocol], saved[protocol], path, device
+            )
+            results = validate(model, val_set, config, args.workers, device)
+        record(folder, config, results)
 
 
 def main(argv: list[str] | None = None):
-    args = parse(argv)
-    with distributed(args.device, args.precision) as (device, dtype):
-        setup, description = set_up(args, device, dtype)
-        with lock_output_dir(setup.output_dir, ".linear_eval.lock"):
-            evaluate(setup, description)
+    train.launch(evaluate, parse(argv))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from intl import INTLLoss, balanced_beta, rank_price
+from intl import balanced_beta, published_beta, trace_floor
 
 HERE = Path(__file__).parent
 RUNS = HERE / "runs"
@@ -433,22 +433,26 @@ def price_cells() -> dict[PriceCell, list[dict[str, float]]]:
         terms = last_terms(run)
         T = config["iterations"]
         beta = config["beta"]
-        teacher = bool(config["ema"])
-        views_with_trace_loss = 1 if teacher else 2
+        views_with_trace_loss = 1 if config["ema"] else 2
 
-        loss = INTLLoss(axis=config["axis"], iterations=T)
-        setting = loss.setting(config["batch_size"], config["out"])
-        n = setting.n
-        full_rank = setting.full_rank
+        m = config["batch_size"]
+        d = config["out"]
+        if config["axis"] == "channel":
+            n = m
+            full_rank = min(m, d - 1)
+        else:
+            n = d
+            full_rank = min(m - 1, d)
         known_betas = {
-            "published": setting.beta,
-            "balanced": balanced_beta(n, T, full=full_rank),
+            "published": published_beta(n),
+            "balanced": balanced_beta(n, T, rank=full_rank),
         }
+        floor = trace_floor(n, T, full_rank)
         names = [name for name, value in known_betas.items() if abs(beta / value - 1) < 0.04]
 
         seed = {
-            "p(1)": rank_price(1, n, T, beta, full=full_rank, teacher=teacher),
-            "p(R/4)": rank_price(full_rank / 4, n, T, beta, full=full_rank, teacher=teacher),
+            "p(1)": views_with_trace_loss * beta * (trace_floor(n, T, 1) - floor),
+            "p(R/4)": views_with_trace_loss * beta * (trace_floor(n, T, full_rank / 4) - floor),
             "rank": last["embedding_rank"] / full_rank,
             "paid": views_with_trace_loss * beta * (terms["trace"] - terms["floor"]),
             "5-NN": last["knn_top1"],
