@@ -53,10 +53,7 @@ RECIPES = {
     "coco-2x": {},
     "coco-1x": {"images": 1_440_000},
 }
-# Flags that may differ when a run is resumed.
-MAY_CHANGE_ON_RESUME = [
-    "data", "output", "max_steps", "evaluations", "workers", "log_every", "save_minutes", "device",
-]
+MAY_CHANGE_ON_RESUME = train.MAY_CHANGE_ON_RESUME | {"evaluations"}
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -64,7 +61,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     train.add_common_flags(parser)
     linear_eval.add_backbone_flags(parser)
     add = parser.add_argument
-    add("--data", type=Path, help="folder in COCO's layout (default: shapes, drawn into --output)")
+    add("--data", type=Path, help="folder in COCO's layout; None: shapes, drawn into --output")
     add("--evaluations", type=int, default=2, help="how often the schedule measures AP")
     add("--max-steps", type=int, help="stop after this many steps of the schedule")
 
@@ -108,6 +105,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         )
     if args.images < args.batch_size:
         parser.error(f"--images {args.images} do not fill one --batch-size {args.batch_size}")
+    if args.max_steps is not None and args.max_steps < 1:
+        parser.error("--max-steps must be at least 1")
     if args.detections > 100:
         parser.error(f"--detections {args.detections}: COCO's AP is over at most 100 per image")
     if args.output is None:
@@ -204,15 +203,20 @@ def read_coco(file: Path) -> COCO:
             sys.exit(f"{name} has no {', '.join(missing)}")
         if annotation["image_id"] not in coco.imgs or annotation["category_id"] not in coco.cats:
             sys.exit(f"{name} has an image_id or a category_id that the file does not list")
-        bbox = annotation["bbox"]
-        if len(bbox) != 4 or not all(math.isfinite(number) for number in bbox):
-            sys.exit(f"{name}: its bbox {bbox} is not four finite numbers")
+        if not is_box(annotation["bbox"]):
+            sys.exit(f"{name}: its bbox {annotation['bbox']} is not four finite numbers")
         if isinstance(annotation.get("segmentation"), list):
             # Polygons of fewer than three points are dropped, as in detectron2. pycocotools would
             # take four numbers for a box.
             polygons = annotation["segmentation"]
             annotation["segmentation"] = [p for p in polygons if len(p) >= 6]
     return coco
+
+
+def is_box(bbox) -> bool:
+    if not isinstance(bbox, list) or len(bbox) != 4:
+        return False
+    return all(isinstance(number, int | float) and math.isfinite(number) for number in bbox)
 
 
 def is_trainable(annotation: dict, image: dict) -> bool:
@@ -232,14 +236,7 @@ class CocoImages(Dataset):
     torchvision's CocoDetection and its v2 wrapper would not be less code: they decode crowds, too,
     keep the category ids as labels, and do not know the epoch."""
 
-    def __init__(
-        self,
-        root: Path,
-        split: str,
-        training: bool,
-        seed: int = 0,
-        short_sides: list[int] | None = None,
-    ):
+    def __init__(self, root: Path, split: str, training: bool, seed: int = 0, short_sides=()):
         file, self.folder = find_split(root, split)
         self.coco = read_coco(file)
         self.training = training
@@ -249,14 +246,13 @@ class CocoImages(Dataset):
         self.names = {i: self.coco.cats[i]["name"] for i in self.category_ids}
 
         self.entries = []  # (image, its objects)
-        n_objects = 0
+        all_objects = []
         for image_id, image in self.coco.imgs.items():
-            annotations = self.coco.imgToAnns[image_id]
-            objects = [a for a in annotations if is_trainable(a, image)]
-            n_objects += len(objects)
+            objects = [a for a in self.coco.imgToAnns[image_id] if is_trainable(a, image)]
+            all_objects += objects
             if objects or not training:
                 self.entries.append((image, objects))
-        if n_objects == 0:
+        if not all_objects:
             sys.exit(f"{file} has no object of at least a pixel inside its image")
 
         file_names = [image["file_name"] for image, _ in self.entries]
@@ -268,20 +264,19 @@ class CocoImages(Dataset):
             )
         self.read_image(0)  # images that were resized without their annotations are found now
 
+        # Objects that are trained need a mask, and all annotations that COCOeval compares with.
         annotations = self.coco.dataset["annotations"]
+        need_masks = all_objects if training else annotations
+        n_without_mask = sum(1 for a in need_masks if not a.get("segmentation"))
+        self.masks = n_without_mask == 0
         n_crowds = sum(1 for a in annotations if a["iscrowd"])
-        # Objects without a mask cannot be trained. COCOeval needs the masks of crowds, too.
-        need_masks = annotations
-        if training:
-            need_masks = [a for _, objects in self.entries for a in objects]
-        self.n_without_mask = sum(1 for a in need_masks if not a.get("segmentation"))
-        self.masks = self.n_without_mask == 0
         train.print_rank0(
-            f"{self.folder}: {len(self.entries)} images, {n_objects} objects, {n_crowds} crowds, "
-            f"{len(annotations) - n_crowds - n_objects} objects below a pixel, "
-            f"{self.n_without_mask} without a mask"
+            f"{self.folder}: {len(self.entries)} images, {len(all_objects)} objects; not trained: "
+            f"{len(self.coco.imgs) - len(self.entries)} images without objects, {n_crowds} crowds, "
+            f"{len(annotations) - n_crowds - len(all_objects)} objects below a pixel; "
+            f"{n_without_mask} without a mask"
         )
-        boxes = [(a["category_id"], a["bbox"]) for _, objects in self.entries for a in objects]
+        boxes = [(a["category_id"], a["bbox"]) for a in all_objects]
         self.digest = train.digest(file_names, boxes)
 
     def __len__(self) -> int:
@@ -333,9 +328,7 @@ class AlignedRoIs(RoIAlign):
     """torchvision's heads expect a pooler that takes a dictionary of levels. Here there is one
     level, and aligned=True as published; torchvision's pooler is off by half a pixel."""
 
-    def forward(
-        self, features: dict[str, Tensor], boxes: list[Tensor], image_shapes: list
-    ) -> Tensor:
+    def forward(self, features, boxes, image_shapes) -> Tensor:
         return super().forward(features["res4"], boxes)
 
 
@@ -389,19 +382,20 @@ class C4Heads(detection.roi_heads.RoIHeads):
             mask_targets = []
             for target, boxes, objects, image_labels in zip(targets, proposals, matched, labels):
                 chosen = image_labels > 0
-                masks = target["masks"][objects[chosen]]
-                mask_targets.append(crop_masks(masks, boxes[chosen], mask_logits.shape[-1]))
+                size = mask_logits.shape[-1]
+                crops = crop_masks(target["masks"], objects[chosen], boxes[chosen], size)
+                mask_targets.append(crops)
             losses["loss_mask"] = F.binary_cross_entropy_with_logits(
                 mask_logits, torch.cat(mask_targets)
             )
         return [], losses
 
 
-def crop_masks(masks: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """Targets of a mask head: masks (n, h, w) inside boxes (n, 4) -> 0 or 1 (n, size, size)."""
-    mask_index = torch.arange(len(boxes)).to(boxes)  # (n,)
-    rois = torch.cat([mask_index[:, None], boxes], dim=1)  # (n, 5)
-    crops = roi_align(masks[:, None].to(boxes), rois, size, aligned=True)  # (n, 1, size, size)
+def crop_masks(masks: Tensor, objects: Tensor, boxes: Tensor, size: int) -> Tensor:
+    """Targets of a mask head: for each box (p, 4) the mask (n, h, w) of its object (p,) inside the
+    box -> 0 or 1 (p, size, size)."""
+    rois = torch.cat([objects[:, None].to(boxes), boxes], dim=1)  # (p, 5)
+    crops = roi_align(masks[:, None].to(boxes), rois, size, aligned=True)  # (p, 1, size, size)
     return (crops[:, 0] >= 0.5).to(boxes)
 
 
@@ -603,21 +597,17 @@ def predict(
 def average_precision(data: CocoImages, results: list[dict], folder: Path) -> dict[str, float]:
     """COCO's AP of boxes and, if there are any, masks, in percent. Writes the results of each kind
     to a file of its own: with a box beside it, COCOeval would take a mask's area from the box."""
-    kinds = {"bbox": "box AP"}
-    if data.masks:
-        kinds["segm"] = "mask AP"
     numbers = {}
-    for kind, name in kinds.items():
-        left_out = "segmentation" if kind == "bbox" else "bbox"
-        results_of_kind = []
-        for result in results:
-            results_of_kind.append({k: v for k, v in result.items() if k != left_out})
-        (folder / f"results_{kind}.json").write_text(json.dumps(results_of_kind))
+    for kind, name, left_out in [("bbox", "box AP", "segmentation"), ("segm", "mask AP", "bbox")]:
+        if kind == "segm" and not data.masks:
+            continue
+        of_kind = [{k: v for k, v in result.items() if k != left_out} for result in results]
+        (folder / f"results_{kind}.json").write_text(json.dumps(of_kind))
 
         values = [0.0] * 6  # nothing was detected
         if results:
             with contextlib.redirect_stdout(None):
-                evaluation = COCOeval(data.coco, data.coco.loadRes(results_of_kind), kind)
+                evaluation = COCOeval(data.coco, data.coco.loadRes(of_kind), kind)
                 evaluation.evaluate()
                 evaluation.accumulate()
                 evaluation.summarize()
@@ -722,8 +712,32 @@ def fine_tune(args: argparse.Namespace, device: torch.device):
     val_loader = train.make_loader(val_set, args.workers, batch_size=None, sampler=val_keys)
 
     log = train.Log(args.output, step)
-    throughput = train.Throughput(args.batch_size)
+
+    def log_evaluation(step: int):
+        start = time.monotonic()
+        train.exit_unless_finite(model.state_dict(), step)
+        if train.WORLD > 1:
+            # A process's own batch norm has the statistics of its share. Rank 0's are saved.
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
+        results = predict(model, val_set, val_loader, device)
+        if train.RANK == 0:
+            draw_results(val_set, results, args.output / "predictions.png")
+            numbers = average_precision(val_set, results, args.output)
+            log(step, **numbers, seconds=time.monotonic() - start)
+
+    def save_run(step: int):
+        state = {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "config": config,
+            "step": step,
+        }
+        train.exit_unless_finite(state, step)
+        train.save({args.output / "checkpoint.pt": state})
+
     last_save = time.monotonic()
+    throughput = train.Throughput(args.batch_size)
     model.train()
     for batch in throughput.watch(train_loader):
         images = [train.to_device(image, device) / 255 for image, _ in batch]
@@ -732,9 +746,8 @@ def fine_tune(args: argparse.Namespace, device: torch.device):
             for name in target.keys() - {"short_side"}:
                 target[name] = train.to_device(target[name], device)
         lr = learning_rate(step, args)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        # torchvision samples anchors and regions by the global generator.
+        train.set_learning_rate(optimizer, lr)
+        # torchvision samples anchors and regions with the global generator.
         torch.manual_seed(train.seed_from(args.seed, "regions", step, train.RANK))
 
         losses = ddp_model(images, targets)
@@ -744,42 +757,24 @@ def fine_tune(args: argparse.Namespace, device: torch.device):
         optimizer.step()
         step += 1
 
-        if step % args.log_every == 0 or step == stop_step:
-            values = torch.stack([loss, *losses.values()]).detach()
-            if train.WORLD > 1:  # each process has the losses of its share of the batch
-                dist.all_reduce(values)
-                values /= train.WORLD
+        should_evaluate = step % evaluation_interval == 0 or step == stop_step
+        if should_evaluate or step % args.log_every == 0:
+            # Each process has the losses of its share of the batch.
+            values = torch.stack([loss, *losses.values()]).tolist()
+            shares = train.gather_objects(values)
+            means = [sum(column) / train.WORLD for column in zip(*shares)]
             names = ["loss", *(name.removeprefix("loss_") for name in losses)]
-            numbers = dict(zip(names, values.tolist()))
+            numbers = dict(zip(names, means))
             if not math.isfinite(numbers["loss"]):
                 train.exit_diverged(f"the loss at step {step}, {numbers}")
             log(step, **numbers, lr=lr, **throughput.read(total_steps - step))
-
-        should_evaluate = step % evaluation_interval == 0 or step == stop_step
-        should_save = step == stop_step or time.monotonic() - last_save > 60 * args.save_minutes
-        if should_evaluate or (should_save and train.RANK == 0):
-            state = {
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "config": config,
-                "step": step,
-            }
-            train.exit_unless_finite(state, step)
         if should_evaluate:
-            start = time.monotonic()
-            if train.WORLD > 1:
-                # Batch norm that is each process's own has statistics of its share: those of rank
-                # 0, which are saved, are evaluated.
-                for buffer in model.buffers():
-                    dist.broadcast(buffer, 0)
-            results = predict(model, val_set, val_loader, device)
-            if train.RANK == 0:
-                draw_results(val_set, results, args.output / "predictions.png")
-                numbers = average_precision(val_set, results, args.output)
-                log(step, **numbers, seconds=time.monotonic() - start)
+            log_evaluation(step)
             throughput.restart()
-        if should_save and train.RANK == 0:
-            train.save(args.output / "checkpoint.pt", state)
+        # After the evaluation, so that a run that is killed in it measures again when resumed.
+        due = time.monotonic() - last_save >= 60 * args.save_minutes
+        if train.RANK == 0 and (due or step == stop_step):
+            save_run(step)
             last_save = time.monotonic()
 
 

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # --- 1. The method by its definition --------------------------------------------------------------
-# All of INTL for two views in one process, to be read. The rest of this file derives it and makes
-# it usable: INTLLoss has the same value, takes more views, a teacher and several processes, is up
-# to twice as fast where d is much larger than m, and finite on a constant batch.
+# All of INTL for two views in one process, for reading; for use, iter_norm and INTLLoss below have
+# the same values. INTLLoss takes more views, a teacher and several processes, is finite on a
+# constant batch and, where d is much larger than m, up to twice as fast (on a CPU).
 
 
 def iter_norm_by_definition(z, iterations=4):  # z: (m, d), m samples with d channels
@@ -210,12 +210,12 @@ def _newton(S: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
     """P_T / sqrt(tr S) and A_T = cov(x_hat), both (..., n, n), from S (..., n, n).
 
     With B_t = (3 I - A_t) / 2 a step is P_{t+1} = P_t B_t and A_{t+1} = A_t B_t^2. This coupled
-    form yields cov(x_hat), too, and bounds the rounding errors. In the definition's form P and N
-    cease to commute: its errors grow with every step, and end in NaN at about T = 15. (At T = 4
-    both are accurate in float32, the gradient to 4e-6 here and to 1e-6 there.)"""
+    form also yields cov(x_hat), and is stable. In the definition's form P and N cease to commute:
+    rounding errors grow with every step, and end in NaN at about T = 15. (At T = 4 its gradient in
+    float32 is the more accurate one: 1e-6 to 3e-6 off, against 3e-6 to 5e-6 here.)"""
     trace = S.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]  # (..., 1, 1)
     trace = torch.where(trace == 0, 1, trace)  # of a constant batch; its x_hat is 0
-    I = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)  # (n, n)
+    I = torch.eye(S.shape[-1]).to(S)  # (n, n)
 
     A = S / trace  # A_0 = N
     P = I  # P_0
@@ -331,11 +331,12 @@ def _gather_views(
 #     L = mean_{v>0} [ alignment(z_hat_v, z_hat_0) + beta (L_trace(z_hat_v) + L_trace(z_hat_0)) ]
 #     L = mean_{v>0} [ alignment(z_hat_v, sg z_hat_0) + beta L_trace(z_hat_v) ]
 #
-# where the alignment is 2 - 2 cos of a sample's two embeddings, averaged over the samples, for
-# either axis, and beta depends on n: the GLOBAL batch size, or d on the batch axis.
+# where the alignment is 2 - 2 cos of a sample's two embeddings, averaged over the samples on either
+# axis, and the published beta depends on n: the GLOBAL batch size, or d on the batch axis.
 #
-# Most of the value is the floor of the trace loss: for T = 4 and a batch of 256 (128) L is at least
-# 20.96 (6.87), or 10.48 (3.43) with a teacher. Values slightly above that are normal.
+# Most of the value is the floor of the trace loss: with T = 4 and the published beta L is at least
+# 20.96 for n = 256 and 6.87 for n = 128, or half of that with a teacher. So a loss that stays
+# slightly above is normal.
 #
 # On the channel axis, where k = d is large, the loss needs no z_hat. With x_hat_v = P_v x_v and
 # C_v = x_v x_0^T / (k - 1), the inner products of the rows of x_hat_v with those of x_hat_0, over
@@ -471,22 +472,16 @@ def group_whiten(z: Tensor, groups: int, permutation: Tensor | None = None) -> T
     each group is ZCA-whitened with its own m x m Gram matrix, divisor d / groups - 1; the
     permutation is undone. permutation: (d,) for all views, or (V, d), or None to keep the order.
 
-    Raises ValueError if groups does not divide d, if d / groups <= m (a group's Gram matrix would
-    be singular, or nearly so), or for a permutation of another shape."""
+    Raises ValueError if groups does not divide d, or if d / groups <= m: the Gram matrix of a group
+    would be singular, or nearly so."""
     m, d = z.shape[-2:]
-    if groups < 1 or d % groups:
-        raise ValueError(f"groups must divide the {d} channels, got {groups}")
-    if d // groups <= m:
+    if d % groups or d // groups <= m:
         raise ValueError(
-            f"a group needs more channels than the {m} samples, got {d} channels / {groups} groups"
+            f"each group needs more channels than the {m} samples, and equally many, "
+            f"got {d} channels / {groups} groups"
         )
     if permutation is None:
         permutation = torch.arange(d, device=z.device)
-    if permutation.shape not in ((d,), (*z.shape[:-2], d)):
-        raise ValueError(
-            f"the permutation must be (d,) or (V, d) for embeddings {tuple(z.shape)}, "
-            f"got {tuple(permutation.shape)}"
-        )
     order = permutation.to(z.device).expand(*z.shape[:-2], d).unsqueeze(-2)  # (..., 1, d)
 
     with torch.autocast(z.device.type, enabled=False):
@@ -581,33 +576,31 @@ def orthogonality_penalty(module: nn.Module, kind: str = "so", power_iterations:
 
 
 # --- 9. Not in the papers: when the published beta is too small -----------------------------------
-
-
-# A spectrum of rank r has L_trace >= L_r, and an equal one of full rank R has L_R (section 5). In a
-# loss with v trace losses (2, or 1 with a teacher) rank r therefore costs v beta (L_r - L_R) more.
-# All that a lower rank can gain is alignment: at most 2, from unrelated to identical views. So
+# A spectrum of rank r has L_trace >= L_r, and an equal one of full rank R has L_R (section 5). With
+# v trace losses in a loss (2, or 1 with a teacher) rank r therefore costs at least v beta
+# (L_r - L_R). All that it can gain is alignment: at most 2, from unrelated to identical views. So
 #
 #     v beta (L_1 - L_R) >= 2
 #
-# makes a collapse onto one direction cost at least what it can gain. The published beta has 4.4
-# here for n = 256 and T = 4, but 0.9 for n = 32 and 0.8 for T = 2: there networks do collapse. Half
-# of that is a guard against partial collapse, a convention which the published beta meets with
-# equality for n = 256 and T = 4:
+# makes a collapse onto one direction cost at least what it can gain. With the published beta the
+# left side is 4.4 for n = 256 and T = 4, but 0.9 for n = 32 and 0.8 for T = 2: there networks do
+# collapse. A guard against partial collapse is a mere convention:
 #
-#     beta (L_r - L_R) >= 0.3,   r = min(R / 4, 64).
+#     beta (L_r - L_R) >= 0.3,   r = min(R / 4, 64),
 #
-# In our runs most of the rank was lost below 0.25. 64, since at n = 512 more than the published
-# beta was worse (evidence/README.md, "Small batches").
+# which the published beta meets with equality for n = 256 and T = 4. In our runs without a teacher
+# those below 0.25 lost most of their rank, with one exception; r is at most 64 because at n = 512 a
+# beta above the published one was worse (the repository's evidence/README.md, "Small batches").
 
 
 def balanced_beta(
     n: int, iterations: int, *, trace_views: int = 2, rank: int | None = None
 ) -> float:
-    """The least beta with both properties above; 0 if rank is 1.
+    """The least beta that meets both conditions above; 0 if there is no rank to lose.
 
     n: samples of the global batch, or channels on the batch axis.
-    trace_views: number v of trace losses in the loss: 2, or 1 with a teacher.
-    rank: the full rank R (None: n), min(m, d - 1), or min(m - 1, d) on the batch axis."""
+    trace_views: the number v of trace losses: 2, or 1 with a teacher.
+    rank: the full rank R: min(m, d - 1), or min(m - 1, d) on the batch axis (None: n)."""
     R = n if rank is None else rank
     if R <= 1:
         return 0.0
@@ -683,15 +676,8 @@ def demonstrate(steps: int = 250):
     print(f"{'transformation':24}{'effective rank of 64':>22}{'condition number':>18}")
     for name, loss in losses.items():
         torch.manual_seed(0)
-        network = nn.Sequential(
-            nn.Linear(64, 128),
-            nn.BatchNorm1d(128),
-            nn.ReLU(),
-            nn.Linear(128, 128),
-            nn.BatchNorm1d(128),
-            nn.ReLU(),
-            nn.Linear(128, 64),
-        )
+        layers = [nn.Linear(64, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Linear(128, 64)]
+        network = nn.Sequential(*layers)
         optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
         for _ in range(steps):
             optimizer.zero_grad()

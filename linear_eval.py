@@ -419,7 +419,7 @@ def train_classifiers(
                 "config": config,
                 "step": step,
             }
-            train.save(path, state)
+            train.save({path: state})
             saved_at = time.monotonic()
 
 

@@ -32,7 +32,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -190,10 +189,9 @@ non_negative = between(0, math.inf)
 
 def spare_cores() -> int:
     """CPU cores for each process's workers, excluding one for itself: from 1 to 32."""
-    if hasattr(os, "sched_getaffinity"):
+    cores = os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
         cores = len(os.sched_getaffinity(0))
-    else:  # macOS
-        cores = os.cpu_count()
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return min(32, max(1, cores // processes - 1))
 
@@ -409,6 +407,13 @@ def wrap_ddp(network: nn.Module, device: torch.device) -> nn.Module:
     )
 
 
+def broadcast_buffers(network: nn.Module):
+    """Gives all processes rank 0's batch norm statistics, which are those that it saves."""
+    if WORLD > 1:
+        for buffer in network.buffers():
+            dist.broadcast(buffer, 0)
+
+
 def gather_objects(value) -> list:
     """The values of all processes in rank order. All processes must call it."""
     if WORLD == 1:
@@ -420,19 +425,19 @@ def gather_objects(value) -> list:
 
 def digest(*values) -> str:
     """12 hexadecimal digits that identify the values: tensors by their bytes, others by repr."""
-    digest = hashlib.blake2b(digest_size=6)
+    total = hashlib.blake2b(digest_size=6)
     for value in values:
         if isinstance(value, Tensor):
-            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+            total.update(value.detach().cpu().contiguous().numpy().tobytes())
         else:
-            digest.update(repr(value).encode())
-    return digest.hexdigest()
+            total.update(repr(value).encode())
+    return total.hexdigest()
 
 
 def seed_from(*key) -> int:
     """63 bits that depend only on the key."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
+    number = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return int.from_bytes(number, "big") >> 1
 
 
 def rng(*key) -> torch.Generator:
@@ -511,13 +516,15 @@ def open_run(folder: Path, config: dict) -> dict | None:
     path = folder / "config.json"
     checkpoint = folder / "checkpoint.pt"
     if RANK == 0:
-        if (folder / "backbone.pt").exists() and not checkpoint.exists():
+        begun = checkpoint.exists() or temporary(checkpoint).exists()
+        if (folder / "backbone.pt").exists() and not begun:
             sys.exit(
                 f"{folder} holds the backbone.pt of a run without its checkpoint.pt: choose "
                 "another --output"
             )
         if not path.exists():
-            replace_file(path, lambda file: file.write(json.dumps(config, indent=1).encode()))
+            temporary(path).write_text(json.dumps(config, indent=1))
+            os.replace(temporary(path), path)
     gather_objects("written")
     if not path.exists():
         sys.exit(f"process {RANK} does not see {path}: --output must be on shared storage")
@@ -525,14 +532,8 @@ def open_run(folder: Path, config: dict) -> dict | None:
     return resume(checkpoint, config)
 
 
-def replace_file(path: Path, write: Callable[[BinaryIO], None]):
-    """Writes a file beside `path`, flushes and renames it: `path` is always complete."""
-    temporary = Path(f"{path}.tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def temporary(path: Path) -> Path:
+    return Path(f"{path}.tmp")
 
 
 def to_cpu(state):
@@ -568,9 +569,16 @@ def exit_diverged(what: str):
     )
 
 
-def save(path: Path, state: dict):
-    """Writes the state with its tensors on the CPU, so that it loads anywhere."""
-    replace_file(path, lambda file: torch.save(to_cpu(state), file))
+def save(files: dict[Path, dict]):
+    """Writes a state to each path, with its tensors on the CPU so that it loads anywhere. All files
+    are complete before the first replaces an older one."""
+    for path, state in files.items():
+        with open(temporary(path), "wb") as file:
+            torch.save(to_cpu(state), file)
+            file.flush()
+            os.fsync(file.fileno())
+    for path in files:
+        os.replace(temporary(path), path)
 
 
 def round_significant(value: float, digits: int) -> float:
@@ -658,10 +666,7 @@ class Throughput:
 # resumed run and the other processes recognize it.
 
 # Names of folders that mean a part of a data set, without digits, "-" and "_" at their ends.
-SPLIT_NAMES = {
-    *("train", "training", "trainset", "trainval", "val", "valid", "validation", "valset"),
-    *("test", "testing", "testset", "dev", "eval", "unlabeled"),
-}
+SPLIT_NAMES = "train training trainset trainval val valid validation valset test testing testset"
 
 
 def decode_image(path: str) -> Tensor:
@@ -750,7 +755,7 @@ def load_tree(root: Path) -> ImageFiles:
     """All images of a tree, unlabeled. Splits that are not train/ and val/ would be mixed."""
     for directory, folders, _ in os.walk(root, followlinks=True):
         for name in folders:
-            if name.lower().strip("0123456789-_") in SPLIT_NAMES:
+            if name.lower().strip("0123456789-_") in SPLIT_NAMES.split():
                 sys.exit(
                     f"{os.path.join(directory, name)} is named like a part of a data set, and "
                     f"{root} has no train/: --data needs train/ and val/ directly below it, or "
@@ -1239,6 +1244,7 @@ def extract_features(
 ) -> tuple[Tensor, Tensor]:
     """Features (n, width) in eval mode and labels (n,) of all images of all processes, in the order
     of the data set. Exits if the features are not finite. The backbone is left in eval mode."""
+    broadcast_buffers(backbone)
     backbone.eval()
     features, labels = [], []
     for (images,), y in loader:
@@ -1425,8 +1431,7 @@ def pretrain(args: argparse.Namespace, device: torch.device):
             for name, value in state["network"].items()
             if name.startswith("backbone.")
         }
-        save(args.output / "backbone.pt", weights)
-        save(args.output / "checkpoint.pt", state)
+        save({args.output / "backbone.pt": weights, args.output / "checkpoint.pt": state})
 
     def train_step(views: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Forward, backward, update. Returns the loss () and an embedding (b, out), detached."""
@@ -1454,7 +1459,6 @@ def pretrain(args: argparse.Namespace, device: torch.device):
 
     run_step = CapturedStep(train_step) if args.cuda_graph else train_step
 
-    z = None
     step = first_step
     if step == 0:
         log_evaluation(0)  # of the random network
@@ -1483,14 +1487,15 @@ def pretrain(args: argparse.Namespace, device: torch.device):
                 exit_diverged(f"the loss at step {step}, {numbers}")
             speed = throughput.read(total_steps - step)
             log(step, epoch=step / steps_per_epoch, **numbers, lr=lr, **speed)
-        due = time.monotonic() - last_save >= 60 * args.save_minutes
-        if RANK == 0 and (due or step == stop_step):
-            save_run(step)
-            last_save = time.monotonic()
         if should_evaluate:
             log_evaluation(step, z)
             throughput.restart()
+        if RANK == 0 and time.monotonic() - last_save >= 60 * args.save_minutes:
+            save_run(step)
+            last_save = time.monotonic()
 
+    if RANK == 0:
+        save_run(step)
     memory = ""
     if device.type == "cuda":
         memory = f"; peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB per process"
