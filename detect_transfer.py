@@ -1,6 +1,6 @@
 """Fine-tune a pretrained ResNet for object detection and instance segmentation.
 
-    python detect_transfer.py            # toy scenes of shapes, with runs/shapes: 4 minutes
+    python detect_transfer.py            # toy scenes of shapes, from runs/shapes: 2 to 4 minutes
     python detect_transfer.py --random   # the same with random weights, for comparison
     torchrun --nproc_per_node 8 detect_transfer.py --recipe coco-2x --data coco --checkpoint r50.pth
 
@@ -46,9 +46,9 @@ import train
 RECIPES = {
     # Small enough for a CPU; not from the papers.
     "shapes": {
-        "images": 1600, "batch_size": 4, "base_lr": 0.08, "warmup_images": 160,
+        "images": 1280, "batch_size": 4, "base_lr": 0.08, "warmup_images": 160,
         "short_sides": [128], "test_short_side": 128, "long_side": 256, "anchors": [16, 32, 64],
-        "train_proposals": [200, 50], "test_proposals": [200, 30], "rois": 16, "detections": 10,
+        "train_proposals": [200, 50], "test_proposals": [200, 20], "rois": 8, "detections": 10,
     },
     "coco-2x": {},
     "coco-1x": {"images": 1_440_000},
@@ -137,7 +137,7 @@ def write_scenes(root: Path, seed: int, counts: dict[str, int], size: int = 128)
         images = []
         annotations = []
         for i in range(n_images):
-            scene = i + 1_000_000 if split == "val" else i
+            scene = i + 1_000_000 if split == "val" else i  # no scene is in both
             n_shapes = 1 + i % 4
             generator = train.rng(seed, "kinds", scene)
             kinds = torch.randint(len(categories), (n_shapes,), generator=generator).tolist()
@@ -264,7 +264,7 @@ class CocoImages(Dataset):
             )
         self.read_image(0)  # images that were resized without their annotations are found now
 
-        # Objects that are trained need a mask, and all annotations that COCOeval compares with.
+        # Training needs the masks of its objects; COCOeval needs those of crowds, too.
         annotations = self.coco.dataset["annotations"]
         need_masks = all_objects if training else annotations
         n_without_mask = sum(1 for a in need_masks if not a.get("segmentation"))
@@ -425,7 +425,7 @@ class Transform(detection.transform.GeneralizedRCNNTransform):
 
     def resize(self, image, target=None):
         short_side = self.test_short_side if target is None else target["short_side"]
-        self.min_size = (short_side,)  # torchvision draws from these
+        self.min_size = (short_side,)  # torchvision chooses one of these
         return super().resize(image, target)
 
     def postprocess(self, result, image_shapes, original_image_sizes):
@@ -486,7 +486,7 @@ def build_c4(
     heads = C4Heads(
         regions,
         res5,
-        nn.Sequential(nn.AdaptiveAvgPool2d(1), box_predictor),
+        nn.Sequential(nn.AdaptiveAvgPool2d(1), box_predictor),  # (n, width, 7, 7) -> boxes
         fg_iou_thresh=0.5,
         bg_iou_thresh=0.5,
         batch_size_per_image=args.rois,
@@ -499,7 +499,8 @@ def build_c4(
         mask_head=res5 if masks else None,
         mask_predictor=mask_predictor if masks else None,
     )
-    return detection.generalized_rcnn.GeneralizedRCNN(trunk, proposals, heads, None)
+    no_transform = None  # build_detector sets it
+    return detection.generalized_rcnn.GeneralizedRCNN(trunk, proposals, heads, no_transform)
 
 
 def build_fpn(
@@ -647,6 +648,7 @@ def load_data(args: argparse.Namespace) -> tuple[CocoImages, CocoImages]:
     """Training and validation images."""
     root = args.data
     if root is None:
+        train.lock_folder(args.output)
         root = args.output / f"scenes{args.seed}"
         if train.RANK == 0:
             write_scenes(root, args.seed, {"train": 400, "val": 100})
@@ -776,6 +778,7 @@ def fine_tune(args: argparse.Namespace, device: torch.device):
         if train.RANK == 0 and (due or step == stop_step):
             save_run(step)
             last_save = time.monotonic()
+    train.print_rank0(f"step {step} of {total_steps}; see {args.output / 'predictions.png'}")
 
 
 def main(argv: list[str] | None = None):

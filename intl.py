@@ -246,9 +246,9 @@ def iter_norm(z: Tensor, *, iterations: int = 4, axis: str = "channel") -> Tenso
 #     L_trace(x_hat) = sum_i (1 - var_i)^2,   var_i = cov(x_hat)_ii,   i = 1, ..., n.
 #
 # Why this equalizes the spectrum: the sum of the variances is the trace of cov(x_hat),
-# h_T(q_1) + ... + h_T(q_n). If r of the shares q are not zero, this is at most t = r h_T(1/r),
-# which it is for equal shares, as h_T is concave (Jensen's inequality). Variances with the sum t
-# have L_trace >= n (1 - t/n)^2, with equality for equal variances. So a spectrum of rank r has
+# h_T(q_1) + ... + h_T(q_n). If r of the shares q are not zero, the sum is at most t = r h_T(1/r),
+# which it is for r equal shares, as h_T is concave (Jensen's inequality). A sum of at most t costs
+# at least n (1 - t/n)^2, which it does for n variances of t/n. So a spectrum of rank r has
 #
 #     L_trace >= L_r = n (1 - (r/n) h_T(1/r))^2,
 #
@@ -358,7 +358,8 @@ class INTLLoss(nn.Module):
     axis: "channel" (published) or "batch", see section 2.
     beta: weight of the trace loss; None: `published_beta`; 0: IterNorm alone.
 
-    views: a list of V >= 2 tensors (m, d), the views of this process's m samples.
+    views: a list of V >= 2 tensors (m, d), the views of this process's m samples. The batch is that
+        of one call; accumulating gradients does not enlarge it.
     teacher: (m, d), an EMA teacher's output for view 0; `views` then holds views 1 to V-1.
     group: the processes that share a batch, as in torch.distributed; None: all processes.
 
@@ -373,7 +374,7 @@ class INTLLoss(nn.Module):
     summed, or a z.grad is read by hand, it is too large by the number of processes. Compile the
     loss after the process group is initialized.
 
-    Precision. TF32 matrix products, which torch allows on request, put an error of 0.2 to 0.9 %
+    Precision. TF32 matrix products, which torch allows on request, put an error of 0.1 to 0.9 %
     into the gradient, as bfloat16 would; torch has no switch for the loss alone. Call backward()
     outside autocast.
 
@@ -498,8 +499,8 @@ class CWRGPLoss(nn.Module):
     2 - 2 cos between rows whitened by `group_whiten`. Called like INTLLoss, without a teacher.
 
     groups: number of groups of channels; published for CIFAR: 4 for d = 512.
-    sub_batch: the global batch is split at random into parts of sub_batch samples, each of
-        which is whitened separately, with its own permutation in every view (None: one part);
+    sub_batch: the global batch is split at random into sub-batches of so many samples, each of
+        which is whitened separately, with its own permutation in every view (None: not split);
         published for CIFAR: 64.
     repeats: random splits averaged in a step (w_iter in the official release).
 
@@ -520,16 +521,16 @@ class CWRGPLoss(nn.Module):
         size = self.sub_batch or m
         if m % size:
             raise ValueError(f"sub_batch must divide the global batch of {m} rows, got {size}")
-        count = V * m // size  # parts of all views
+        count = V * m // size  # sub-batches of all views
 
         losses = []
         for _ in range(self.repeats):
             # All processes use the random numbers of rank 0.
             rows = gather(torch.rand(1, m, device=z.device), group)[0].argsort()  # (m,)
             orders = gather(torch.rand(1, count * d, device=z.device), group)[0]
-            orders = orders.view(count, d).argsort(-1)  # one permutation for each part
-            parts = z[:, rows].reshape(count, size, d)
-            z_hat = group_whiten(parts, self.groups, orders).reshape(V, m, d)
+            orders = orders.view(count, d).argsort(-1)  # a permutation for each sub-batch
+            sub_batches = z[:, rows].reshape(count, size, d)
+            z_hat = group_whiten(sub_batches, self.groups, orders).reshape(V, m, d)
             for a, b in itertools.combinations(z_hat, 2):  # (m, d) each
                 losses.append(2 - 2 * F.cosine_similarity(a, b).mean())
         loss = torch.stack(losses).mean()
@@ -568,19 +569,19 @@ def orthogonality_penalty(module: nn.Module, kind: str = "so", power_iterations:
                 penalties.append(G.square().sum())
             else:
                 longest = G.norm(dim=0).argmax(keepdim=True)  # stays on the device
-                v = G.index_select(1, longest)[:, 0]  # (n,)
+                vector = G.index_select(1, longest)[:, 0]  # (n,)
                 for _ in range(power_iterations):
-                    v = G @ F.normalize(v, dim=0)
-                penalties.append((G @ F.normalize(v, dim=0)).norm())
+                    vector = G @ F.normalize(vector, dim=0)
+                penalties.append((G @ F.normalize(vector, dim=0)).norm())
     return torch.stack(penalties).sum()
 
 
 # --- 9. Not in the papers: when the published beta is too small -----------------------------------
 # A spectrum of rank r has L_trace >= L_r, and an equal one of full rank R has L_R (section 5). With
-# v trace losses in a loss (2, or 1 with a teacher) rank r therefore costs at least v beta
+# c trace losses in a loss (2, or 1 with a teacher) rank r therefore costs at least c beta
 # (L_r - L_R). All that it can gain is alignment: at most 2, from unrelated to identical views. So
 #
-#     v beta (L_1 - L_R) >= 2
+#     c beta (L_1 - L_R) >= 2
 #
 # makes a collapse onto one direction cost at least what it can gain. With the published beta the
 # left side is 4.4 for n = 256 and T = 4, but 0.9 for n = 32 and 0.8 for T = 2: there networks do
@@ -599,7 +600,7 @@ def balanced_beta(
     """The least beta that meets both conditions above; 0 if there is no rank to lose.
 
     n: samples of the global batch, or channels on the batch axis.
-    trace_views: the number v of trace losses: 2, or 1 with a teacher.
+    trace_views: the number c of trace losses: 2, or 1 with a teacher.
     rank: the full rank R: min(m, d - 1), or min(m - 1, d) on the batch axis (None: n)."""
     R = n if rank is None else rank
     if R <= 1:

@@ -208,8 +208,8 @@ def find_resnets(tensors: dict[str, Tensor]) -> list[str]:
 
 
 def select_labeled(train_set: Dataset, config: dict) -> Tensor:
-    """Indices of the images whose labels a protocol uses: those in labels_file, or `percent` of
-    each class, but at least one, or all."""
+    """Indices of the images whose labels a protocol uses. finetune: those in its labels_file, or
+    its `percent` of each class, but at least one. Without these settings, all images."""
     if config.get("labels_file"):
         return read_labels_file(Path(config["labels_file"]), train_set)
     if config.get("percent") is None:
@@ -283,13 +283,18 @@ def train_on_features(
     gamma = 1e-4 ** (1 / config["epochs"])
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma)
 
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # in small operations on a CPU threads mostly wait for each other
     for _ in range(config["epochs"]):
         for batch in torch.randperm(len(x)).to(x.device).split(1000):
             optimizer.zero_grad()
-            loss = sum(F.cross_entropy(head(x[batch]), y[batch]) for head in heads)
+            x_batch = x[batch]  # (1000, width)
+            y_batch = y[batch]  # (1000,)
+            loss = sum(F.cross_entropy(head(x_batch), y_batch) for head in heads)
             loss.backward()
             optimizer.step()
         schedule.step()
+    torch.set_num_threads(threads)
 
     logits = torch.stack([head(x_val) for head in heads]).detach()  # (H, q, classes)
     return by_learning_rate(count_correct(logits, y_val), len(y_val), config)
@@ -339,10 +344,13 @@ def lr_factor(config: dict, step: int, steps_per_epoch: int) -> float:
 
 
 def exit_if_diverged(model: Classifiers, step: int):
-    """One classifier that has diverged does not end the others."""
+    """One classifier that has diverged does not end the others: only if all have, or the backbone
+    has, the run ends."""
     heads = [head.state_dict() for head in model.heads]
-    finite = [head for head in heads if all(value.isfinite().all() for value in head.values())]
-    train.exit_unless_finite([model.backbone.state_dict(), finite or heads], step)
+    finite_heads = [h for h in heads if all(value.isfinite().all() for value in h.values())]
+    if finite_heads:
+        heads = finite_heads
+    train.exit_unless_finite({"backbone": model.backbone.state_dict(), "heads": heads}, step)
 
 
 def train_classifiers(
@@ -387,7 +395,7 @@ def train_classifiers(
     batches = train.batch_indices(rows, batch_size, config["seed"], step, total_steps)
     loader = train.make_loader(crops, args.workers, batch_sampler=batches)
 
-    # Train. A frozen backbone is in eval mode: its batch norm must not change, either.
+    # Train. In eval mode the frozen backbone's batch norm statistics do not change, either.
     ddp_model = train.wrap_ddp(model, device)
     model.train(protocol == "finetune")
     saved_at = time.monotonic()
@@ -520,6 +528,7 @@ def evaluate(args: argparse.Namespace, device: torch.device):
 
     # The configurations: everything on which the results depend. finetune is the last protocol, as
     # it changes the backbone.
+    weights = train.digest(*backbone.state_dict().values())
     configs = {}
     rows = {}
     for protocol in PROTOCOLS:
@@ -530,7 +539,7 @@ def evaluate(args: argparse.Namespace, device: torch.device):
             "checkpoint": str(args.checkpoint),
             "checkpoint_epoch": settings.get("epoch"),
             "random": args.random,
-            "weights": train.digest(*backbone.state_dict().values()),
+            "weights": weights,
             "arch": settings["arch"],
             "stem": settings["stem"],
             "dataset": dataset,
@@ -557,23 +566,26 @@ def evaluate(args: argparse.Namespace, device: torch.device):
             config["processes"] = train.WORLD  # each has its own batch norm
         configs[protocol] = config
 
-    # Output, and what an interrupted run has left there.
+    # Output, and what the same command has left there, if it was interrupted.
     folder = args.output or args.checkpoint.parent
     train.lock_folder(folder, ".linear_eval.lock")
     saved = {name: train.resume(folder / f"{name}.pt", configs[name]) for name in rows}
 
     backbone = backbone.to(device, memory_format=torch.channels_last)
+
+    def extract(images: Dataset) -> tuple[Tensor, Tensor]:
+        loader = train.eval_loader(images, dataset, size, args.workers)
+        return train.extract_features(backbone, loader, dataset, device, args.precision)
+
     if "features" in configs or "knn" in configs:
-        features = []
-        for images in (train_set, val_set):
-            loader = train.eval_loader(images, dataset, size, args.workers)
-            features += train.extract_features(backbone, loader, dataset, device, args.precision)
+        x, y = extract(train_set)
+        x_val, y_val = extract(val_set)
 
     for protocol, config in configs.items():
         if protocol == "features":
-            results = train_on_features(*features, classes, config)
+            results = train_on_features(x, y, x_val, y_val, classes, config)
         elif protocol == "knn":
-            results = nearest_neighbors(*features)
+            results = nearest_neighbors(x, y, x_val, y_val)
         else:
             path = folder / f"{protocol}.pt"
             heads = len(config["lr"])

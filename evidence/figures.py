@@ -26,7 +26,7 @@ def draw_spectra():
     for name in ("intl", "cwrgp", "whiten", "none", "iternorm"):
         title = METHODS[name][0]
         last = evaluations(RUNS / f"{name}-0")[-1]
-        eigenvalues = np.array(last["spectrum"])[:255]  # a centred batch of 256 has rank 255
+        eigenvalues = np.array(last["spectrum"])[:255]  # a centered batch of 256 has rank 255
         panel.plot(
             range(1, len(eigenvalues) + 1),
             eigenvalues / eigenvalues[0],
@@ -73,19 +73,19 @@ def draw_ranks():
     figure.savefig(HERE / "ranks.png", dpi=110)
 
 
-# colour: the batch size and T; marker: the images and the form of the loss
-COLOURS = {"n < 256": "C1", "n = 256": "C0", "n > 256": "C2", "T = 2, 3, 5, 7": "C3"}
+# color: the batch size and T; marker: the images and the form of the loss
+COLORS = {"n < 256": "C1", "n = 256": "C0", "n > 256": "C2", "T = 2, 3, 5, 7": "C3"}
 MARKERS = {"CIFAR-10": "o", "shapes": "s", "teacher": "^", "batch axis": "D"}
 
 
-def colour_of(cell: PriceCell) -> str:
+def color_of(cell: PriceCell) -> str:
     if cell.iterations != 4:
-        return COLOURS["T = 2, 3, 5, 7"]
+        return COLORS["T = 2, 3, 5, 7"]
     if cell.n < 256:
-        return COLOURS["n < 256"]
+        return COLORS["n < 256"]
     if cell.n > 256:
-        return COLOURS["n > 256"]
-    return COLOURS["n = 256"]
+        return COLORS["n > 256"]
+    return COLORS["n = 256"]
 
 
 def marker_of(cell: PriceCell) -> str:
@@ -97,14 +97,14 @@ def draw_prices():
     """Gain in 5-NN and remaining rank against the price of lost rank, one marker per run."""
     figure, (gain_panel, rank_panel) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for cell, seeds in price_cells().items():
-        style = dict(color=colour_of(cell), marker=marker_of(cell), s=22, alpha=0.8, linewidths=0)
+        style = dict(color=color_of(cell), marker=marker_of(cell), s=22, alpha=0.8, linewidths=0)
         scale = 4 if cell.images == "shapes" else 1
         for seed in seeds:
             gain_panel.scatter(seed["p(R/4)"], seed["gain"] / scale, **style)
             rank_panel.scatter(seed["p(R/4)"], seed["rank"], **style)
 
-    for label, colour in COLOURS.items():
-        rank_panel.scatter([], [], color=colour, label=label)
+    for label, color in COLORS.items():
+        rank_panel.scatter([], [], color=color, label=label)
     for label, marker in MARKERS.items():
         rank_panel.scatter([], [], color="gray", marker=marker, label=label)
     rank_panel.legend(fontsize="small")

@@ -3,7 +3,7 @@
 # data.sh first, then this from the repository's root.
 export OMP_NUM_THREADS=1 PYTHONPATH=.
 data="--data data/cifar10_small --workers 0"
-common="--dataset cifar10 --stem small --epochs 20 --knn-images 5000"
+common="--dataset cifar10 --stem small --epochs 20 --precision bfloat16"
 
 train() { # name, seed, script, flags
   output=runs/$1-$2 seed=$2 script=$3 && shift 3

@@ -6,9 +6,10 @@
         --dataset cifar10 --data data/cifar10_small
 
 The README of that commit has the published CIFAR-10 accuracy. A week later the network began to pad
-CIFAR's images twice. The clone provides the network, the loss, the augmentation, the optimiser's
+CIFAR's images twice. The clone provides the network, the loss, the augmentation, the optimizer's
 settings, the schedule and the function that trains an epoch. This script provides the data, the
-small stem, and bfloat16 for the network, as in train.py; the loss is computed in float32 in both.
+small stem, and bfloat16 for the network, as train.py's --precision bfloat16; the loss is computed
+in float32 in both.
 """
 
 import argparse
@@ -68,7 +69,7 @@ def import_release(clone: Path, epochs: int):
 
 
 def build_model(release, cfg, bfloat16: bool, stem: str = "cifar"):
-    """The release's network with its loss, and its optimiser."""
+    """The release's network with its loss, and its optimizer."""
     model = release.get_method(cfg.method)(cfg)
     if stem == "small":
         model.backbone.conv1 = nn.Conv2d(3, 64, 3, stride=2, padding=1, bias=False)
@@ -100,7 +101,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    # network, optimiser and data, as the release's main_worker builds them
+    # network, optimizer and data, as the release's main_worker builds them
     stay_on_the_cpu()
     release, cfg = import_release(args.clone, args.epochs)
     random.seed(args.seed)

@@ -23,6 +23,6 @@ done
 
 official official-cifar-stem 0 cifar
 evaluate official-cifar-stem-0/backbone.pt cifar10_small --arch resnet18 --stem cifar --dataset cifar10
-torchrun train.py --recipe cifar10 --data data/cifar10_small --epochs 20 --workers 0 --knn-images 1000 \
+torchrun train.py --recipe cifar10 --data data/cifar10_small --epochs 20 --workers 0 --precision bfloat16 \
   --output runs/intl-cifar-stem-0
 evaluate intl-cifar-stem-0/checkpoint.pt cifar10_small

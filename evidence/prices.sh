@@ -3,8 +3,8 @@
 # Run data.sh first, then this from the repository's root. config.json and log.jsonl of each run were
 # copied to evidence/runs/prices.
 export OMP_NUM_THREADS=1
-common="--workers 0 --log-every 50"
-cifar="--recipe cifar10 --data data/cifar10_small --stem small --epochs 10 --knn-images 5000 $common"
+common="--workers 0 --log-every 50 --precision bfloat16"
+cifar="--recipe cifar10 --data data/cifar10_small --stem small --epochs 10 $common"
 
 train() { # prefix, flags, then n, T, beta, seeds
   prefix=$1 flags=$2 n=$3 T=$4 beta=$5 && shift 5
@@ -49,8 +49,9 @@ train teacher- "$cifar --ema .996" 256 4 .05 0
 train batch- "$cifar --axis batch" 256 4 .08 0
 train batch- "$cifar --axis batch" 256 2 .08 0
 train batch- "$cifar --axis batch" 256 2 1.2 0
+shapes="--arch resnet18 --epochs 4 $common"
 for cell in "16 4 .01" "16 4 .075" "256 4 .05" "256 3 .05" "256 3 .23"; do
-  train shapes- "--epochs 4 $common" $cell 0
+  train shapes- "$shapes" $cell 0
 done
-train shapes- "--epochs 4 $common" 32 4 .02 0 1 2
-train shapes- "--epochs 4 $common" 32 4 .043 0 1 2
+train shapes- "$shapes" 32 4 .02 0 1 2
+train shapes- "$shapes" 32 4 .043 0 1 2
