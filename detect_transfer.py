@@ -23,7 +23,6 @@ import time
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from pycocotools import mask as rle
@@ -652,8 +651,7 @@ def load_data(args: argparse.Namespace) -> tuple[CocoImages, CocoImages]:
         root = args.output / f"scenes{args.seed}"
         if train.RANK == 0:
             write_scenes(root, args.seed, {"train": 400, "val": 100})
-        if train.WORLD > 1:
-            dist.barrier()
+        train.gather_objects("written")
     train_set = CocoImages(root, "train", True, args.seed, args.short_sides)
     val_set = CocoImages(root, "val", False)
 
@@ -718,10 +716,7 @@ def fine_tune(args: argparse.Namespace, device: torch.device):
     def log_evaluation(step: int):
         start = time.monotonic()
         train.exit_unless_finite(model.state_dict(), step)
-        if train.WORLD > 1:
-            # A process's own batch norm has the statistics of its share. Rank 0's are saved.
-            for buffer in model.buffers():
-                dist.broadcast(buffer, 0)
+        train.broadcast_buffers(model)
         results = predict(model, val_set, val_loader, device)
         if train.RANK == 0:
             draw_results(val_set, results, args.output / "predictions.png")

@@ -32,7 +32,6 @@ from pathlib import Path, PosixPath
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -436,10 +435,7 @@ def validate(
     model: Classifiers, val_set: Dataset, config: dict, workers: int, device: torch.device
 ) -> dict[str, list[float]]:
     """Each process evaluates its share of the images; every image counts once."""
-    if train.WORLD > 1:
-        # DDP has sent rank 0's batch norm statistics before the last step, not after it.
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
+    train.broadcast_buffers(model)
     model.eval()
     counts = torch.zeros(len(model.heads), 2, dtype=torch.long, device=device)  # (H, 2)
     loader = train.eval_loader(val_set, config["dataset"], config["size"], workers)

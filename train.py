@@ -83,10 +83,10 @@ RECIPES = {
     # Toy images, not from the papers. Strong color jitter and inversion leave two views nothing in
     # common but the shape.
     "shapes": {
-        "dataset": "shapes", "arch": "resnet10", "stem": "small", "epochs": 6, "batch_size": 128,
-        "warmup_epochs": 1, "hidden": 512, "out": 512, "view_sizes": [32, 32], "min_scale": [0.4],
+        "dataset": "shapes", "arch": "resnet10", "stem": "small", "epochs": 5, "batch_size": 128,
+        "base_lr": 1.6, "hidden": 512, "out": 512, "view_sizes": [32, 32], "min_scale": [0.4],
         "jitter": [0.4, 0.4, 0.4, 0.5], "jitter_prob": 1.0, "gray": 0.3,
-        "solarize": [0.5], "solarize_threshold": 0,
+        "solarize": [0.5], "solarize_threshold": 0, "evaluate_every": 5,
     },
     "cifar10": {**CIFAR, "dataset": "cifar10"},
     "cifar100": {**CIFAR, "dataset": "cifar100"},
@@ -151,8 +151,8 @@ ARCHS = [
 # Flags that may differ when a run is resumed: they change neither its schedule nor its objective.
 # fmt: off
 MAY_CHANGE_ON_RESUME = {
-    "data", "output", "max_steps", "workers", "log_every", "save_minutes", "device", "precision",
-    "compile", "cuda_graph",
+    "data", "output", "max_steps", "workers", "log_every", "evaluate_every", "save_minutes",
+    "device", "precision", "compile", "cuda_graph",
 }
 # fmt: on
 
@@ -244,6 +244,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--data", type=Path, help="folder of images, see above; the recipe shapes needs none")
     add("--max-steps", type=int, help="stop after this many steps of the schedule")
+    add("--evaluate-every", type=int, help="k-NN and ranks every N epochs and at the start and "
+        "end; None: a hundred times in a run, or every epoch")
     add("--precision", choices=["bfloat16", "float16", "float32"], help="of the network; losses "
         "are computed in float32 or float64. None: bfloat16 on a GPU that has it, float16 on "
         "another, float32 on a CPU")
@@ -321,6 +323,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args.solarize = per_view(args.solarize, views)
     if args.output is None:
         args.output = Path("runs") / args.recipe
+    if args.evaluate_every is None:
+        args.evaluate_every = math.ceil(args.epochs / 100)
     if args.orthogonality_weight is None:
         args.orthogonality_weight = 1e-3 if args.orthogonality == "srip" else 1e-6
     if args.precision is None:
@@ -338,6 +342,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--epochs must exceed --warmup-epochs")
     if args.max_steps is not None and args.max_steps < 1:
         parser.error("--max-steps must be at least 1")
+    if args.evaluate_every < 1:
+        parser.error("--evaluate-every must be at least 1")
     if views < 2:
         parser.error("--view-sizes needs two values or more")
     if args.jitter[3] > 0.5:
@@ -456,7 +462,7 @@ def lock_folder(folder: Path, name: str = ".lock"):
     if RANK != 0:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    file = os.open(folder / name, os.O_RDWR | os.O_CREAT)
+    file = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
@@ -481,8 +487,10 @@ def read_checkpoint(path: Path, safe: tuple = ()) -> dict:
         with torch.serialization.safe_globals(list(safe)):
             return dict(torch.load(path, map_location="cpu", weights_only=True))
     except pickle.UnpicklingError as error:
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it holds a {refused[1]}" if refused else "it is damaged"
+        refused = re.search(r"GLOBAL (\S+)|got <class '(\S+)'>", str(error))
+        reason = "it is damaged"
+        if refused:
+            reason = f"it holds a {refused[1] or refused[2]}"
         sys.exit(f"{path} cannot be read as a checkpoint of tensors and plain values: {reason}")
     except Exception as error:  # a damaged file can raise almost any exception
         sys.exit(f"{path} cannot be read as a checkpoint: {error}")
@@ -564,8 +572,8 @@ def exit_unless_finite(state: dict, step: int):
 
 def exit_diverged(what: str):
     sys.exit(
-        f"the run has diverged: not finite is {what}. The last checkpoint is kept. Start again "
-        "with another --output and a lower --base-lr"
+        f"the run has diverged: {what} is not finite. The last checkpoint is kept. Start again "
+        "with another --output and a lower learning rate"
     )
 
 
@@ -808,8 +816,8 @@ def load_data(
     images whose label is known (STL-10 has others). Exits in a line if the rule does not apply."""
     if dataset == "shapes":
         if root:
-            sys.exit("--dataset shapes draws its own images: with --data choose another --recipe")
-        return draw_shapes(seed, 0, 6000), draw_shapes(seed, 10**6, 1000)
+            sys.exit("--dataset shapes draws its own images: with --data set another --dataset")
+        return draw_shapes(seed, 0, 5000), draw_shapes(seed, 10**6, 2000)
     if root is None:
         sys.exit(f"--dataset {dataset} needs --data FOLDER")
 
@@ -1462,7 +1470,7 @@ def pretrain(args: argparse.Namespace, device: torch.device):
     step = first_step
     if step == 0:
         log_evaluation(0)  # of the random network
-    evaluation_interval = steps_per_epoch * math.ceil(args.epochs / 100)
+    evaluation_interval = steps_per_epoch * args.evaluate_every
     last_save = time.monotonic()
     throughput = Throughput(args.batch_size)
     for pixels, _ in throughput.watch(train_loader):
