@@ -41,21 +41,23 @@ def intl_loss_by_definition(z1, z2):
     alignment = 2 - 2 * F.cosine_similarity(z1_hat, z2_hat, dim=1).mean()
     trace_loss_1 = (1 - z1_hat.var(dim=1)).square().sum()  # every variance should be one
     trace_loss_2 = (1 - z2_hat.var(dim=1)).square().sum()
-    beta = 0.01 * (math.log2(len(z1)) - 3)  # published for m > 8
+    beta = 0.01 * (math.log2(len(z1)) - 3)  # published; positive for m > 8
     return alignment + beta * (trace_loss_1 + trace_loss_2)
 
 
 # --- 2. Notation: rows, and why one axis is enough ------------------------------------------------
 # An embedding z is (m, d): m samples in rows, d channels in columns (the paper writes the
 # transpose). Whitening decorrelates the rows of a matrix x (n, k). Each row is centered over its k
-# entries, and S = x x^T / (k - 1), n x n, is the covariance of the rows. There are two choices:
+# entries, and S = x x^T / (k - 1), n x n, is the covariance of the rows. The axis is what means and
+# variances are taken over:
 #
 #   axis "channel" (published):  x = z.    Rows are the n = m samples, S is m x m.
 #   axis "batch":                x = z^T.  Rows are the n = d channels, S is d x d.
 #
-# The axis is what means and variances are taken over. Since the batch axis is the channel axis of
-# the transpose, everything below is written once, for x; only its cost, which grows with n^3,
-# differs. V views of a batch are (V, m, d).
+# Both keep the embedding from collapsing, that is, from losing all but a few directions: x x^T and
+# x^T x have the same nonzero eigenvalues, so rank that one lacks the other lacks, too. Since the
+# batch axis is the channel axis of the transpose, everything below is written once, for x; only
+# its cost, n^3 + n^2 k, differs. V views of a batch are (V, m, d).
 
 
 def _check_settings(axis: str, iterations: int = 1):
@@ -66,8 +68,8 @@ def _check_settings(axis: str, iterations: int = 1):
 
 
 def _rows(z: Tensor, axis: str) -> Tensor:
-    """x: (..., m, d) -> (..., n, k), centered, in float32 or float64. (Half precision would put an
-    error of 0.2 % or more into the covariance.) Raises ValueError for a wrong shape or type."""
+    """x: (..., m, d) -> (..., n, k), centered, in float32 or float64. (bfloat16 would put an error
+    of 0.2 % into the covariance.) Raises ValueError for a wrong shape or type."""
     if not z.is_floating_point() or z.dim() not in (2, 3) or min(z.shape[-2:]) < 2:
         raise ValueError(
             "embeddings are floating-point (m, d) or (V, m, d) with at least 2 samples and "
@@ -80,7 +82,7 @@ def _rows(z: Tensor, axis: str) -> Tensor:
 
 class _Gram(torch.autograd.Function):
     """x x^T, (..., n, k) -> (..., n, n). Its backward pass is one product; autograd, which does not
-    know that both factors are the same, would need two, a fifth of the time of the loss."""
+    know that both factors are the same, would need two."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -112,12 +114,13 @@ class _MatrixFunction(torch.autograd.Function):
     """U diag(g(l)) U^T of a symmetric S, (..., n, n) -> (..., n, n).
 
     Autograd through eigh would divide by l_i - l_j: NaN for equal eigenvalues, and a collapsed
-    batch has many equal to zero. But the function itself is smooth (Daleckii and Krein): if S
-    changes by a symmetric dS, it changes by U (K * (U^T dS U)) U^T, * elementwise, where
+    batch has many equal to zero. But the function itself is as smooth as g (Daleckii and Krein): if
+    S changes by a symmetric dS, it changes by U (K * (U^T dS U)) U^T, * elementwise, where
 
         K_ij = (g(l_i) - g(l_j)) / (l_i - l_j),  or  g'(l_i)  where l_i = l_j.
 
-    This linear map of dS is its own transpose, so the backward pass applies it to the gradient."""
+    This linear map of dS is its own transpose, so the backward pass applies it to the gradient.
+    Where g is infinite at 0, the derivative is that at a constant rank."""
 
     @staticmethod
     def forward(ctx, S: Tensor, g: Callable[[Tensor], Tensor]) -> Tensor:
@@ -207,12 +210,11 @@ def newton_map(q, iterations: int):
 
 
 def _newton(S: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
-    """P_T / sqrt(tr S) and A_T = cov(x_hat), both (..., n, n), from S (..., n, n).
+    """M = P_T / sqrt(tr S), for which x_hat = M x, and A_T = cov(x_hat), from S: all (..., n, n).
 
     With B_t = (3 I - A_t) / 2 a step is P_{t+1} = P_t B_t and A_{t+1} = A_t B_t^2. This coupled
-    form also yields cov(x_hat), and is stable. In the definition's form P and N cease to commute:
-    rounding errors grow with every step, and end in NaN at about T = 15. (At T = 4 its gradient in
-    float32 is the more accurate one: 1e-6 to 3e-6 off, against 3e-6 to 5e-6 here.)"""
+    form also yields cov(x_hat), and is stable: in the definition's form P and N cease to commute,
+    and rounding errors grow with every step."""
     trace = S.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]  # (..., 1, 1)
     trace = torch.where(trace == 0, 1, trace)  # of a constant batch; its x_hat is 0
     I = torch.eye(S.shape[-1]).to(S)  # (n, n)
@@ -233,22 +235,23 @@ def iter_norm(z: Tensor, *, iterations: int = 4, axis: str = "channel") -> Tenso
     _check_settings(axis, iterations)
     with torch.autocast(z.device.type, enabled=False):
         x = _rows(z, axis)  # (..., n, k)
-        P, _ = _newton(_covariance(x), iterations)  # (..., n, n)
-        x_hat = P @ x
+        M, _ = _newton(_covariance(x), iterations)  # (..., n, n)
+        x_hat = M @ x
     return x_hat if axis == "channel" else x_hat.mT
 
 
 # --- 5. Trace loss: why IterNorm alone is not enough ----------------------------------------------
-# Since h_T < 1, the spectrum can still decay: IterNorm alone does not prevent collapse. The trace
-# loss, with enough weight, does. It penalizes the variance of each row of x_hat for being below
-# one (as no eigenvalue of cov(x_hat) is above one, no variance is):
+# For finite T the spectrum h_T(q) of x_hat still depends on that of x, and IterNorm alone does not
+# prevent collapse (see the demonstration). The trace loss, with enough weight, does. It penalizes
+# the variance of each row of x_hat for being below one (as no eigenvalue of cov(x_hat) is above
+# one, no variance is):
 #
 #     L_trace(x_hat) = sum_i (1 - var_i)^2,   var_i = cov(x_hat)_ii,   i = 1, ..., n.
 #
 # Why this equalizes the spectrum: the sum of the variances is the trace of cov(x_hat),
-# h_T(q_1) + ... + h_T(q_n). If r of the shares q are not zero, the sum is at most t = r h_T(1/r),
-# which it is for r equal shares, as h_T is concave (Jensen's inequality). A sum of at most t costs
-# at least n (1 - t/n)^2, which it does for n variances of t/n. So a spectrum of rank r has
+# h_T(q_1) + ... + h_T(q_n). If r of the shares q are not zero, the sum is at most s = r h_T(1/r),
+# with equality for r equal shares, as h_T is concave (Jensen's inequality). A sum of at most s
+# costs at least n (1 - s/n)^2, with equality for n equal variances. So a spectrum of rank r has
 #
 #     L_trace >= L_r = n (1 - (r/n) h_T(1/r))^2,
 #
@@ -338,15 +341,14 @@ def _gather_views(
 # 20.96 for n = 256 and 6.87 for n = 128, or half of that with a teacher. So a loss that stays
 # slightly above is normal.
 #
-# On the channel axis, where k = d is large, the loss needs no z_hat. With x_hat_v = P_v x_v and
-# C_v = x_v x_0^T / (k - 1), the inner products of the rows of x_hat_v with those of x_hat_0, over
-# k - 1, are the diagonal of P_v C_v P_0, and the squared norms of the rows, over k - 1, are their
-# variances, the diagonal of cov(x_hat_v), which _newton returns.
+# On the channel axis, where the rows are the samples, the cosines need no x_hat. Write _newton's
+# x_hat_v = M_v x_v for view v, and C_v = x_v x_0^T / (k - 1). The inner products of the rows of
+# x_hat_v with those of x_hat_0, over k - 1, are the diagonal of M_v C_v M_0, and the squared norms
+# of the rows, over k - 1, are their variances, the diagonal of cov(x_hat_v).
 
 
 def published_beta(n: int) -> float:
-    """0.01 (log2 n - 3), the official weight of the trace loss, for n > 8: below, it would not be
-    positive."""
+    """0.01 (log2 n - 3), the official weight of the trace loss; positive for n > 8."""
     return 0.01 * (math.log2(n) - 3)
 
 
@@ -375,8 +377,7 @@ class INTLLoss(nn.Module):
     loss after the process group is initialized.
 
     Precision. TF32 matrix products, which torch allows on request, put an error of 0.1 to 0.9 %
-    into the gradient, as bfloat16 would; torch has no switch for the loss alone. Call backward()
-    outside autocast.
+    into the gradient; torch has no switch for the loss alone. Call backward() outside autocast.
 
     Raises ValueError for an invalid axis or number of iterations, for views of wrong or different
     shapes, for fewer than 2 samples or channels in the global batch, and for n <= 8 without beta;
@@ -413,16 +414,16 @@ class INTLLoss(nn.Module):
                     "drop_last=True"
                 )
 
-            P, cov = _newton(_covariance(x), self.iterations)  # (V, n, n) each
+            M, cov = _newton(_covariance(x), self.iterations)  # (V, n, n) each
             variance = cov.diagonal(dim1=-2, dim2=-1)  # (V, n)
             if self.axis == "channel":
                 C = x[1:] @ x[0].mT / (k - 1)  # (V-1, m, m)
-                inner = ((P[1:] @ C) * P[0]).sum(-1)  # (V-1, m): diag(P_v C_v P_0)
+                inner = ((M[1:] @ C) * M[0]).sum(-1)  # (V-1, m): diag(M_v C_v M_0)
                 squared_norms = variance[1:] * variance[0]  # (V-1, m)
                 tiny = torch.finfo(inner.dtype).eps ** 2  # cos = 0 for a sample without variance
                 cosine = inner * squared_norms.clamp_min(tiny).rsqrt()
             else:
-                z_hat = (P @ x).mT  # (V, m, d)
+                z_hat = (M @ x).mT  # (V, m, d)
                 cosine = F.cosine_similarity(z_hat[1:], z_hat[:1], dim=-1)  # (V-1, m)
 
             alignment = 2 - 2 * cosine.mean()
@@ -585,13 +586,13 @@ def orthogonality_penalty(module: nn.Module, kind: str = "so", power_iterations:
 #
 # makes a collapse onto one direction cost at least what it can gain. With the published beta the
 # left side is 4.4 for n = 256 and T = 4, but 0.9 for n = 32 and 0.8 for T = 2: there networks do
-# collapse. A guard against partial collapse is a mere convention:
+# collapse. A guard against partial collapse is a mere convention, for each trace loss:
 #
 #     beta (L_r - L_R) >= 0.3,   r = min(R / 4, 64),
 #
-# which the published beta meets with equality for n = 256 and T = 4. In our runs without a teacher
-# those below 0.25 lost most of their rank, with one exception; r is at most 64 because at n = 512 a
-# beta above the published one was worse (the repository's evidence/README.md, "Small batches").
+# which the published beta just meets for n = 256 and T = 4. Our runs without a teacher in which the
+# left side was below 0.25 lost most of their rank, with one exception. r is at most 64 because at
+# n = 512 a beta above the published one was worse (evidence/README.md, "Small batches").
 
 
 def balanced_beta(
@@ -654,8 +655,8 @@ def condition_number(z: Tensor) -> Tensor:
 
 def demonstrate(steps: int = 250):
     """Trains an MLP with each loss on two noisy views of 16 latent factors, and prints effective
-    rank and condition number of the embedding. It uses the batch axis, since the embedding has only
-    64 channels."""
+    rank and condition number of the embedding z (not of z_hat): with a rank below 16 it has lost
+    factors. It uses the batch axis, since the embedding has only 64 channels."""
     losses = {
         "no transformation": SpectralLoss(0.0, axis="batch"),
         "power 0.2": SpectralLoss(0.2, axis="batch"),

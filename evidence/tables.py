@@ -41,7 +41,7 @@ LEARNING_RATES = ("0.0003", "0.001", "0.003")  # tried for Barlow Twins and VICR
 RANKS = ("feature_rank", "embedding_rank")
 
 # Published CIFAR-10 results of a ResNet-18 with the 3x3 stem: method, epochs, linear top-1, k-NN,
-# classifier, source. All were read in the source on 2026-11-26.
+# classifier, source. All were read in the source on 2026-11-26 (MoCo v3: 2026-11-29).
 INTL_RELEASE = "[winci-ai/INTL](https://github.com/winci-ai/INTL/blob/d4cdfd8/README.md)"
 CWRGP_RELEASE = "[winci-ai/CW-RGP](https://github.com/winci-ai/CW-RGP/blob/5bbf6ed/README.md)"
 KOBAK = "[dkobak/simclr-cifar10](https://github.com/dkobak/simclr-cifar10/blob/44b2500/README.md)"
@@ -50,11 +50,13 @@ EB_JEPA = (
     "[facebookresearch/eb_jepa]"
     "(https://github.com/facebookresearch/eb_jepa/blob/966e61e/examples/image_jepa/README.md)"
 )
+MOCO_V3 = "93.10"
 PUBLISHED = [
     ["INTL", 1000, "92.60", "90.03 (5-NN)", "on stored features", INTL_RELEASE],
     ["CW-RGP, 2 views", 1000, "91.92", "89.54 (5-NN)", "on stored features", CWRGP_RELEASE],
     ["SimCLR", 1000, "91.7", "91.4 (10-NN, cosine)", "on stored features", KOBAK],
     ["SimCLR", 1000, "91.9", "", "with augmentation", KOBAK],
+    ["MoCo v3", 1000, MOCO_V3, "", "trained alongside", SOLO],
     ["Barlow Twins", 1000, "92.10", "", "trained alongside", SOLO],
     ["VICReg", 1000, "92.07", "", "trained alongside", SOLO],
     ["SIGReg", 300, "91.02", "", "trained alongside, best of a sweep", EB_JEPA],
@@ -190,7 +192,7 @@ def readme_results() -> str:
             core,
             small,
             1000,
-            f"VICReg: {vicreg}, Barlow Twins: {barlow} (best of 3 learning rates)",
+            f"VICReg: {vicreg}, Barlow Twins: {barlow}, each at the best of 3 learning rates",
         ),
         row(
             "50,000 images, small stem",
@@ -199,14 +201,15 @@ def readme_results() -> str:
             10_000,
             f"untrained network: {linear_top1(RUNS / 'whole-random'):.1f}",
         ),
-        row("50,000 images, 3x3 stem", f"1 {gpu_name(gpu)}", [gpu], 10_000, ""),
+        row("50,000 images, 3x3 stem", f"prototype, 1 {gpu_name(gpu)}", [gpu], 10_000, ""),
         [
             "**published**, 50,000 images, 3x3 stem",
             1000,
             "not run here",
             "",
             METHODS["intl"][1],
-            f"VICReg: {METHODS['vicreg'][1]}, Barlow Twins: {METHODS['barlow'][1]} (solo-learn)",
+            f"solo-learn: MoCo v3 {MOCO_V3}, Barlow Twins {METHODS['barlow'][1]}, VICReg "
+            f"{METHODS['vicreg'][1]}",
         ],
     ]
     header = ["training images, stem", "epochs", "hardware, time", "seeds", "linear top-1"]
