@@ -39,7 +39,7 @@ import linear_eval
 import train
 
 # --- Recipes and flags ----------------------------------------------------------------------------
-# The flags' own defaults are those of MoCo's and INTL's configurations of detectron2.
+# The flags' own defaults are those of MoCo's configurations of detectron2, which INTL uses.
 
 # fmt: off
 RECIPES = {
@@ -49,8 +49,9 @@ RECIPES = {
         "short_sides": [128], "test_short_side": 128, "long_side": 256, "anchors": [16, 32, 64],
         "train_proposals": [200, 50], "test_proposals": [200, 20], "rois": 8, "detections": 10,
     },
-    "coco-2x": {},
-    "coco-1x": {"images": 1_440_000},
+    # Workers keep COCO's annotations, about 2 GB each.
+    "coco-2x": {"workers": 4},
+    "coco-1x": {"workers": 4, "images": 1_440_000},
 }
 MAY_CHANGE_ON_RESUME = train.MAY_CHANGE_ON_RESUME | {"evaluations"}
 
@@ -61,8 +62,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     linear_eval.add_backbone_flags(parser)
     add = parser.add_argument
     add("--data", type=Path, help="folder in COCO's layout; None: shapes, drawn into --output")
-    add("--evaluations", type=int, default=2, help="how often the schedule measures AP")
-    add("--max-steps", type=int, help="stop after this many steps of the schedule")
+    add("--evaluations", type=train.positive, default=2, help="how often the schedule measures AP")
+    add("--max-steps", type=train.positive, help="stop after this many steps of the schedule")
 
     group = parser.add_argument_group("settings; a recipe changes the defaults")
     add = group.add_argument
@@ -71,12 +72,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--model", default="c4", choices=["c4", "fpn"], help="c4: published; fpn: torchvision's")
     add("--norm", default="syncbn", choices=["syncbn", "bn", "frozen"],
         help="BN over the global batch; over each process's share; or as pretrained, not trained")
-    add("--images", type=int, default=2_880_000, help="length of the schedule, in images")
-    add("--batch-size", type=int, default=16, help="GLOBAL batch size, over all processes")
+    add("--images", type=train.positive, default=2_880_000, help="length of the schedule")
+    add("--batch-size", type=train.positive, default=16, help="GLOBAL, over all processes")
     add("--base-lr", type=float, default=0.02, help="learning rate per 16 images of a batch")
     add("--milestones", type=float, nargs="*", default=[2 / 3, 8 / 9],
         help="fractions of the schedule after which the learning rate is divided by 10")
-    add("--warmup-images", type=float, default=16_000, help="linear warm-up from 1/1000")
+    add("--warmup-images", type=int, default=16_000, help="linear warm-up from 1/1000")
     add("--weight-decay", type=float, default=1e-4, help="of all but BN parameters")
     add("--short-sides", type=int, nargs="+", default=[640, 672, 704, 736, 768, 800],
         help="each training image is resized to one of these, at random")
@@ -89,7 +90,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--test-proposals", type=int, nargs=2, default=[6000, 1000],
         help="the same in the evaluation; published for fpn: 1000 1000")
     add("--rois", type=int, default=512, help="regions per image that train the heads")
-    add("--detections", type=int, default=100, help="per image, at most 100 as in COCO's AP")
+    add("--detections", type=train.positive, default=100, help="per image, at most 100 as in COCO")
     # fmt: on
     args = train.parse_with_recipe(parser, RECIPES, argv)
 
@@ -104,8 +105,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         )
     if args.images < args.batch_size:
         parser.error(f"--images {args.images} do not fill one --batch-size {args.batch_size}")
-    if args.max_steps is not None and args.max_steps < 1:
-        parser.error("--max-steps must be at least 1")
+    if args.rois < 4:
+        parser.error("--rois must be at least 4: a quarter of them may be positive")
     if args.detections > 100:
         parser.error(f"--detections {args.detections}: COCO's AP is over at most 100 per image")
     if args.output is None:
@@ -192,7 +193,7 @@ def read_coco(file: Path) -> COCO:
     by_kind = {"images": coco.imgs, "annotations": coco.anns, "categories": coco.cats}
     for kind, by_id in by_kind.items():
         if len(by_id) < len(coco.dataset[kind]):
-            sys.exit(f"{file}: {kind} share an id")
+            sys.exit(f"{file}: two of its {kind} have the same id")
     if 0 in coco.anns:
         sys.exit(f"{file}: an annotation has the id 0, which COCOeval takes for no match")
     for annotation in coco.dataset["annotations"]:
@@ -378,10 +379,10 @@ class C4Heads(detection.roi_heads.RoIHeads):
             mask_logits = self.mask_predictor(shared[positive])  # (p, classes, 14, 14)
             rows = torch.arange(len(classes), device=classes.device)
             mask_logits = mask_logits[rows, classes]  # (p, 14, 14)
+            size = mask_logits.shape[-1]
             mask_targets = []
             for target, boxes, objects, image_labels in zip(targets, proposals, matched, labels):
                 chosen = image_labels > 0
-                size = mask_logits.shape[-1]
                 crops = crop_masks(target["masks"], objects[chosen], boxes[chosen], size)
                 mask_targets.append(crops)
             losses["loss_mask"] = F.binary_cross_entropy_with_logits(
@@ -460,6 +461,8 @@ def build_c4(
     )
 
     # Regions. In res4 the resolution is that of the stem, halved by layer2 and by layer3.
+    if stem == "cifar-padded":
+        sys.exit(f"--model c4 cannot use the stem {stem}, whose features are larger than the image")
     _, stem_stride, _, max_pool = train.STEMS[stem]
     stride = 4 * stem_stride
     if max_pool:
@@ -572,7 +575,7 @@ def predict(
     model: nn.Module, data: CocoImages, loader: DataLoader, device: torch.device
 ) -> list[dict]:
     """Detections in COCO's format. `loader` yields this process's share of the images, one by one;
-    every process returns the detections of all images."""
+    every process returns the detections of all images. The model is left in training mode."""
     model.eval()
     results = []
     for image, target in loader:
@@ -635,7 +638,7 @@ def draw_results(data: CocoImages, results: list[dict], path: Path):
             boxes = box_convert(torch.tensor([r["bbox"] for r in shown]), "xywh", "xyxy")
             names = [f"{data.names[r['category_id']]} {r['score']:.2f}" for r in shown]
             picture = draw_bounding_boxes(picture, boxes, names, colors="lime", width=2)
-        picture = TF.resize(picture, [side - 1], max_size=side)
+        picture = TF.resize(picture, None, max_size=side)
         pictures.append(TF.center_crop(picture, [side, side]))  # padded to a square
     save_image(make_grid(pictures, nrow=3, pad_value=255) / 255, path)
 
@@ -665,10 +668,10 @@ def load_data(args: argparse.Namespace) -> tuple[CocoImages, CocoImages]:
     train_set.masks = masks
     val_set.masks = masks
     train.print_rank0("boxes and masks are trained" if masks else "only boxes are trained")
-    n_crowded = sum(len(objects) > args.detections for _, objects in val_set.entries)
-    if n_crowded:
+    n_images = sum(len(objects) > args.detections for _, objects in val_set.entries)
+    if n_images:
         train.print_rank0(
-            f"{n_crowded} of {len(val_set)} validation images have more objects than --detections "
+            f"{n_images} of {len(val_set)} validation images have more objects than --detections "
             f"{args.detections}: not all can be found"
         )
     return train_set, val_set
@@ -685,7 +688,7 @@ def fine_tune(args: argparse.Namespace, device: torch.device):
     # Output folder.
     config = {k: v for k, v in vars(args).items() if k not in MAY_CHANGE_ON_RESUME}
     config["checkpoint"] = str(args.checkpoint)
-    config["data_digest"] = train_set.digest
+    config["data_digest"] = train.digest(train_set.digest, val_set.digest)
     saved = train.open_run(args.output, config)
 
     # Model and optimizer.

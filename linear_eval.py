@@ -13,7 +13,7 @@ The protocols are those of the official release (winci-ai/INTL):
                cosine similarity, weighted with temperature 0.07
     linear     ImageNet: a linear classifier on the frozen backbone, with random crops and flips
                (SGD, batch 256, 100 epochs, learning rate 0.2, divided by 10 at epochs 60 and 80)
-    finetune   backbone and classifier, on a subset of the labels (SGD, batch 256, 20 epochs)
+    finetune   backbone and classifier, on --percent of the labels (SGD, batch 256, 20 epochs)
 
 features and linear train one classifier for each of several learning rates in the same pass and
 report all of them, the published rate first (0.00 if that classifier has diverged). Results are
@@ -114,16 +114,16 @@ def read_backbone(args: argparse.Namespace, **options) -> tuple[nn.Module, int, 
 
     torch.manual_seed(args.seed)
     backbone, width = train.build_backbone(arch, stem, **options)
+    epoch = None
     if args.random:
         train.print_rank0(f"{arch} with stem {stem} and RANDOM weights")
     else:
         load_weights(backbone, saved, path, f"{arch} with stem {stem}")
-        if "steps_per_epoch" in settings and "step" in saved:
-            settings["epoch"] = round(saved["step"] / settings["steps_per_epoch"], 3)
-            if settings["epoch"] < settings["epochs"]:
-                progress = f"trained {settings['epoch']:g} of {settings['epochs']} epochs"
-                train.print_rank0(f"{path}: {progress}")
-    return backbone, width, {**settings, "arch": arch, "stem": stem}
+    if not args.random and "step" in saved and "steps_per_epoch" in settings:
+        epoch = round(saved["step"] / settings["steps_per_epoch"], 3)
+        if epoch < settings["epochs"]:
+            train.print_rank0(f"{path}: trained {epoch:g} of {settings['epochs']} epochs")
+    return backbone, width, {**settings, "arch": arch, "stem": stem, "epoch": epoch}
 
 
 def read_settings(path: Path, saved: dict) -> dict:
@@ -134,7 +134,7 @@ def read_settings(path: Path, saved: dict) -> dict:
     if path.name == "backbone.pt" and beside.exists():
         config = json.loads(beside.read_text())
     if isinstance(config, dict) and {"arch", "stem", "seed"} <= config.keys():
-        return dict(config)
+        return config
     return {}
 
 
@@ -207,8 +207,8 @@ def find_resnets(tensors: dict[str, Tensor]) -> list[str]:
 
 
 def select_labeled(train_set: Dataset, config: dict) -> Tensor:
-    """Indices of the images whose labels a protocol uses. finetune: those in its labels_file, or
-    its `percent` of each class, but at least one. Without these settings, all images."""
+    """Indices of the images whose labels a protocol uses. linear: all. finetune: those in its
+    labels_file, or its `percent` of each class, but at least one."""
     if config.get("labels_file"):
         return read_labels_file(Path(config["labels_file"]), train_set)
     if config.get("percent") is None:
@@ -343,13 +343,11 @@ def lr_factor(config: dict, step: int, steps_per_epoch: int) -> float:
 
 
 def exit_if_diverged(model: Classifiers, step: int):
-    """One classifier that has diverged does not end the others: only if all have, or the backbone
-    has, the run ends."""
+    """The run ends if the backbone or all classifiers have diverged. One alone does not end it."""
     heads = [head.state_dict() for head in model.heads]
     finite_heads = [h for h in heads if all(value.isfinite().all() for value in h.values())]
-    if finite_heads:
-        heads = finite_heads
-    train.exit_unless_finite({"backbone": model.backbone.state_dict(), "heads": heads}, step)
+    state = {"backbone": model.backbone.state_dict(), "heads": finite_heads or heads}
+    train.exit_unless_finite(state, step)
 
 
 def train_classifiers(
@@ -372,9 +370,9 @@ def train_classifiers(
     total_steps = config["epochs"] * steps_per_epoch
 
     # Optimizer.
+    model.backbone.requires_grad_(protocol == "finetune")
     lrs = config["lr"]
     groups = [{"params": head.parameters()} for head in model.heads]
-    model.backbone.requires_grad_(protocol == "finetune")
     if protocol == "finetune":
         lrs = [*config["lr"], config["encoder_lr"]]
         groups.append({"params": model.backbone.parameters()})
@@ -394,11 +392,12 @@ def train_classifiers(
     batches = train.batch_indices(rows, batch_size, config["seed"], step, total_steps)
     loader = train.make_loader(crops, args.workers, batch_sampler=batches)
 
-    # Train. In eval mode the frozen backbone's batch norm statistics do not change, either.
-    ddp_model = train.wrap_ddp(model, device)
+    # Train. In eval mode the batch norm statistics of a frozen backbone do not change.
     model.train(protocol == "finetune")
+    ddp_model = train.wrap_ddp(model, device)
     saved_at = time.monotonic()
-    for (x,), y in loader:
+    throughput = train.Throughput(batch_size)
+    for (x,), y in throughput.watch(loader):
         x = train.to_device(x, device)  # (b, 3, s, s) uint8
         y = train.to_device(y, device)  # (b,)
         factor = lr_factor(config, step, steps_per_epoch)
@@ -416,7 +415,12 @@ def train_classifiers(
         if step % args.log_every == 0:
             shown = ", ".join(f"{loss:.3f}" for loss in losses.tolist())
             epoch = step / steps_per_epoch
-            train.print_rank0(f"{protocol} epoch {epoch:.2f}/{config['epochs']}  loss {shown}")
+            speed = throughput.read(total_steps - step)
+            train.print_rank0(
+                f"{protocol} epoch {epoch:.2f} of {config['epochs']}  loss {shown}  "
+                f"images/s {speed['images_per_second']:.0f}  waiting {speed['waiting']:.2f}  "
+                f"hours left {speed['hours_left']:.2f}"
+            )
         is_due = time.monotonic() - saved_at > 60 * args.save_minutes
         if train.RANK == 0 and (is_due or step == total_steps):
             exit_if_diverged(model, step)
@@ -458,16 +462,17 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data", type=Path, help="folder with train/ and val/, or torchvision's CIFAR, STL-10")
     add("--dataset", choices=train.MEAN_STD, help="what --data holds; None: as pretrained, or "
         "folder")
-    add("--size", type=int, help="pixels; None: as pretrained, or 224, for small stems 32")
+    add("--size", type=train.positive, help="pixels; None: as pretrained, or 224, or 32 for small "
+        "stems")
     add("--precision", choices=["float32", "bfloat16", "float16"], default="float32",
         help="of the backbone")
     add("--protocol", nargs="+", choices=PROTOCOLS, default=["features", "knn"], help="see above")
     group = parser.add_argument_group("settings of the protocols", "None: as published, above")
     add = group.add_argument
-    add("--epochs", type=int, help="features, linear, finetune")
+    add("--epochs", type=train.positive, help="features, linear, finetune")
     add("--lr", type=float, nargs="+", help="features, linear, finetune: learning rates, a "
         "classifier for each; for linear and finetune per 256 images of the batch")
-    add("--batch-size", type=int, help="linear, finetune: GLOBAL batch size")
+    add("--batch-size", type=train.positive, help="linear, finetune: GLOBAL batch size")
     add("--weight-decay", type=float, help="linear, finetune")
     add("--encoder-lr", type=float, help="finetune: --lr of the backbone")
     add("--schedule", choices=["constant", "cosine"], help="finetune: constant as published, or a "
@@ -486,9 +491,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             if name not in used and getattr(args, name) is not None:
                 flag = "--" + name.replace("_", "-")
                 parser.error(f"{flag} has no effect on --protocol {' '.join(args.protocol)}")
-    for name in ("size", "epochs", "batch_size"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if "finetune" in args.protocol and args.percent is None and args.labels_file is None:
+        parser.error("--protocol finetune needs --percent or --labels-file")
     if args.percent is not None and not 0 < args.percent <= 100:
         parser.error("--percent must be more than 0 and at most 100")
     if "finetune" in args.protocol and args.lr is not None and len(args.lr) > 1:
@@ -498,14 +502,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def record(folder: Path, config: dict, results: dict[str, list[float]]):
+def record(folder: Path, origin: dict, config: dict, results: dict[str, list[float]]):
     """Prints the results of a protocol, and appends them with its config to results.jsonl."""
     if train.RANK != 0:
         return
     for name, values in results.items():
         shown = " ".join(f"top-{k} {value:.2f}" for k, value in zip((1, 5), values))
         print(f"{config['protocol']:10} {name:22} {shown}", flush=True)
-    line = {**config, "results": results, "date": time.strftime("%F %T")}
+    line = {**origin, **config, "results": results, "date": time.strftime("%F %T")}
     with open(folder / "results.jsonl", "a") as file:
         file.write(json.dumps(line) + "\n")
 
@@ -515,7 +519,8 @@ def evaluate(args: argparse.Namespace, device: torch.device):
     # Network and data.
     backbone, width, settings = read_backbone(args)
     dataset = args.dataset or settings.get("dataset", "folder")
-    train_set, val_set = train.load_data(dataset, args.data, settings.get("seed", 0), labeled=True)
+    seed = settings.get("seed", 0)  # of the drawn shapes
+    train_set, val_set = train.load_data(dataset, args.data, seed, labeled=True)
     if val_set is None:
         sys.exit(f"--data {args.data} needs train/ and val/, each with a folder for every class")
     classes = len(train_set.classes)
@@ -524,6 +529,7 @@ def evaluate(args: argparse.Namespace, device: torch.device):
 
     # The configurations: everything on which the results depend. finetune is the last protocol, as
     # it changes the backbone.
+    origin = {"checkpoint": str(args.checkpoint), "checkpoint_epoch": settings["epoch"]}
     weights = train.digest(*backbone.state_dict().values())
     configs = {}
     rows = {}
@@ -532,8 +538,6 @@ def evaluate(args: argparse.Namespace, device: torch.device):
             continue
         config = {
             "protocol": protocol,
-            "checkpoint": str(args.checkpoint),
-            "checkpoint_epoch": settings.get("epoch"),
             "random": args.random,
             "weights": weights,
             "arch": settings["arch"],
@@ -567,6 +571,7 @@ def evaluate(args: argparse.Namespace, device: torch.device):
     train.lock_folder(folder, ".linear_eval.lock")
     saved = {name: train.resume(folder / f"{name}.pt", configs[name]) for name in rows}
 
+    torch.backends.cudnn.benchmark = True  # all batches have the same shapes
     backbone = backbone.to(device, memory_format=torch.channels_last)
 
     def extract(images: Dataset) -> tuple[Tensor, Tensor]:
@@ -591,7 +596,7 @@ def evaluate(args: argparse.Namespace, device: torch.device):
                 args, config, model, train_set, rows[protocol], saved[protocol], path, device
             )
             results = validate(model, val_set, config, args.workers, device)
-        record(folder, config, results)
+        record(folder, origin, config, results)
 
 
 def main(argv: list[str] | None = None):

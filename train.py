@@ -20,6 +20,7 @@ log.jsonl, and TensorBoard's files if tensorboard is installed. The same command
 
 import argparse
 import copy
+import datetime
 import fcntl
 import hashlib
 import json
@@ -69,7 +70,7 @@ CWRGP_SMALL = {  # CIFAR, STL-10 and Tiny-ImageNet
     **CWRGP, "stem": "cifar", "epochs": 1000, "view_sizes": [32, 32],
     "layers": 2, "hidden": 1024, "out": 512, "sub_batch": 64,
     "optimizer": "adam", "base_lr": 3e-3, "weight_decay": 1e-6,
-    "warmup_epochs": 500 / 195,  # 500 steps; an epoch of CIFAR has 195
+    "warmup_epochs": 500 / 195,  # 500 steps; an epoch of CIFAR has 195 batches of 256
     "milestones": [0.95, 0.975],  # 50 and 25 epochs before the end
     "gray": 0.1,
 }
@@ -172,6 +173,13 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Shows the defaults, and keeps the layout of the description."""
 
 
+def positive(text: str) -> int:
+    """An argparse type."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return int(text)
+
+
 def between(low: float, high: float) -> Callable[[str], float]:
     """An argparse type for numbers that, outside of these limits, would train on in silence."""
 
@@ -208,7 +216,7 @@ def add_common_flags(parser: argparse.ArgumentParser):
         default=spare_cores(),
         help="data-loading workers per process; increase it if `waiting` in the log is large",
     )
-    add("--log-every", type=int, default=10, help="log every N steps")
+    add("--log-every", type=positive, default=10, help="log every N steps")
     add("--save-minutes", type=float, default=10, help="save every N minutes")
     add("--device", default=default_device, choices=["cpu", "cuda"], help="where to train")
 
@@ -224,7 +232,7 @@ def parse_with_recipe(
             default="shapes",
             choices=recipes,
             metavar="NAME",
-            help=f"published settings, or a toy: {', '.join(recipes)}",
+            help=f"a set of defaults: {', '.join(recipes)}",
         )
     known, _ = parsers[0].parse_known_args(argv)
     parser.set_defaults(**recipes[known.recipe])
@@ -243,29 +251,29 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     # fmt: off
     add = parser.add_argument
     add("--data", type=Path, help="folder of images, see above; the recipe shapes needs none")
-    add("--max-steps", type=int, help="stop after this many steps of the schedule")
-    add("--evaluate-every", type=int, help="k-NN and ranks every N epochs and at the start and "
-        "end; None: a hundred times in a run, or every epoch")
+    add("--max-steps", type=positive, help="stop after this many steps of the schedule")
+    add("--evaluate-every", type=positive, help="k-NN and ranks every N epochs and at the start "
+        "and end; None: a hundred times in a run, but at most every epoch")
     add("--precision", choices=["bfloat16", "float16", "float32"], help="of the network; losses "
         "are computed in float32 or float64. None: bfloat16 on a GPU that has it, float16 on "
         "another, float32 on a CPU")
     add("--compile", action=boolean, default=False, help="torch.compile network, augmentation and "
-        "INTL loss: a minute at the start, then 14 %% more images/s with cifar10 on an H200; only "
-        "the network's compilation has run on a GPU")
+        "INTL loss: a minute at the start, then 14 %% more images/s with cifar10 on one H200; only "
+        "the network's compilation has run on a GPU, and none on several")
     add("--cuda-graph", action=boolean, default=False, help="replay the training step as a CUDA "
         "graph. Only a prototype has run on a GPU, with 2.2 times the images/s of --compile alone "
         "for cifar10 on an H200")
 
     group = parser.add_argument_group("data and network").add_argument
     group("--dataset", default="folder", choices=MEAN_STD, help="what --data holds; decides on the "
-        "mean and standard deviation of the pixels")
+        "mean and standard deviation of the pixels, and on the resizing for k-NN")
     group("--arch", default="resnet18", choices=ARCHS, metavar="RESNET", help="torchvision model")
     group("--stem", default="imagenet", choices=STEMS, help="first layers; cifar: 3x3, no max-pool")
     group("--zero-init-residual", action=boolean, default=False,
         help="residual branches start at 0")
-    group("--layers", type=int, default=3, help="projector: number of linear layers")
-    group("--hidden", type=int, default=2048, help="projector: width of its hidden layers")
-    group("--out", type=int, default=2048, help="projector: width of the embedding")
+    group("--layers", type=positive, default=3, help="projector: number of linear layers")
+    group("--hidden", type=positive, default=2048, help="projector: width of its hidden layers")
+    group("--out", type=positive, default=2048, help="projector: width of the embedding")
     group("--joint-head", action=boolean, default=False,
         help="projector: one BN over all views together, and biases in every layer")
 
@@ -278,17 +286,17 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     group("--beta", type=non_negative, help="intl: weight of the trace loss; None: the published "
         "0.01 (log2 n - 3), n the batch size (or --out on the batch axis)")
     group("--power", type=float, default=0.5, help="power: p of l^-p; 0.5 is whitening")
-    group("--groups", type=int, default=4, help="cwrgp: groups of channels")
-    group("--sub-batch", type=int, help="cwrgp: samples whitened together; None: all")
-    group("--repeats", type=int, default=1, help="cwrgp: partitions averaged in a step")
+    group("--groups", type=positive, default=4, help="cwrgp: groups of channels")
+    group("--sub-batch", type=positive, help="cwrgp: samples whitened together; None: all")
+    group("--repeats", type=positive, default=1, help="cwrgp: partitions averaged in a step")
     group("--orthogonality", choices=["so", "srip"], help="add this penalty on the backbone")
     group("--orthogonality-weight", type=non_negative, help="None: so 1e-6, srip 1e-3")
     group("--ema", type=fraction, default=0.0,
         help="momentum of an EMA teacher for view 0, rising to 1 along a cosine; 0: no teacher")
 
     group = parser.add_argument_group("schedule").add_argument
-    group("--epochs", type=int, default=100, help="length of the schedule")
-    group("--batch-size", type=int, default=256,
+    group("--epochs", type=positive, default=100, help="length of the schedule")
+    group("--batch-size", type=positive, default=256,
         help="GLOBAL batch size, over all processes; the loss depends on it")
     group("--optimizer", default="sgd", choices=["sgd", "adam"], help="sgd: momentum 0.9")
     group("--base-lr", type=non_negative, default=0.3, help="learning rate; sgd: per 256 images")
@@ -340,17 +348,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         )
     if args.warmup_epochs >= args.epochs:
         parser.error("--epochs must exceed --warmup-epochs")
-    if args.max_steps is not None and args.max_steps < 1:
-        parser.error("--max-steps must be at least 1")
-    if args.evaluate_every < 1:
-        parser.error("--evaluate-every must be at least 1")
     if views < 2:
         parser.error("--view-sizes needs two values or more")
     if args.jitter[3] > 0.5:
         parser.error("--jitter: the hue's strength is at most 0.5, half of a full turn")
     if args.ema and args.loss == "cwrgp":
         parser.error("--ema: CW-RGP has no teacher")
-    if args.loss == "intl" and args.beta is None and intl.published_beta(coordinates(args)) <= 0:
+    if args.loss == "intl" and args.beta is None and intl.published_beta(whitened_rows(args)) <= 0:
         parser.error(
             "the published beta needs a batch of more than 8 (--axis batch: --out): set --beta"
         )
@@ -362,8 +366,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def coordinates(args: argparse.Namespace) -> int:
-    """n: the number of variances in INTL's trace loss."""
+def whitened_rows(args: argparse.Namespace) -> int:
+    """n: samples of the global batch, or channels on the batch axis."""
     return args.batch_size if args.axis == "channel" else args.out
 
 
@@ -375,14 +379,12 @@ def launch(function: Callable, args: argparse.Namespace):
     if args.device == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True
     else:
         device = torch.device("cpu")
-    # TF32 would change the loss's gradient by up to 0.9 %; convolutions may use it.
-    torch.set_float32_matmul_precision("highest")
-
     if WORLD > 1:
-        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+        # Rank 0 downloads, and computes COCO's results, while the others wait.
+        patience = datetime.timedelta(hours=2)
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo", timeout=patience)
     function(args, device)
     if WORLD > 1:
         # The function has returned, so DDP is gone: gloo can deadlock if DDP outlives the group
@@ -414,7 +416,8 @@ def wrap_ddp(network: nn.Module, device: torch.device) -> nn.Module:
 
 
 def broadcast_buffers(network: nn.Module):
-    """Gives all processes rank 0's batch norm statistics, which are those that it saves."""
+    """Gives all processes rank 0's batch norm statistics, which are those that it saves. (DDP does
+    so before a step; on CPUs they differ after it.)"""
     if WORLD > 1:
         for buffer in network.buffers():
             dist.broadcast(buffer, 0)
@@ -441,7 +444,7 @@ def digest(*values) -> str:
 
 
 def seed_from(*key) -> int:
-    """63 bits that depend only on the key."""
+    """A seed that depends only on the key."""
     number = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return int.from_bytes(number, "big") >> 1
 
@@ -514,7 +517,7 @@ def resume(path: Path, config: dict) -> dict | None:
 
 def open_run(folder: Path, config: dict) -> dict | None:
     """Locks the folder of a run, and returns its checkpoint, or None if it has none yet. Exits if
-    the folder belongs to another run, or if the processes do not agree."""
+    the checkpoint is another run's, or if the processes do not agree."""
     configs = gather_objects(config)
     for rank in range(WORLD):
         advice = "all processes must get the same flags and the same data"
@@ -523,20 +526,17 @@ def open_run(folder: Path, config: dict) -> dict | None:
     lock_folder(folder)
     path = folder / "config.json"
     checkpoint = folder / "checkpoint.pt"
-    if RANK == 0:
-        begun = checkpoint.exists() or temporary(checkpoint).exists()
-        if (folder / "backbone.pt").exists() and not begun:
+    if RANK == 0 and not checkpoint.exists():
+        # A first save that was interrupted has left the checkpoint's temporary file.
+        if (folder / "backbone.pt").exists() and not temporary(checkpoint).exists():
             sys.exit(
                 f"{folder} holds the backbone.pt of a run without its checkpoint.pt: choose "
                 "another --output"
             )
-        if not path.exists():
-            temporary(path).write_text(json.dumps(config, indent=1))
-            os.replace(temporary(path), path)
+        path.write_text(json.dumps(config, indent=1))
     gather_objects("written")
     if not path.exists():
         sys.exit(f"process {RANK} does not see {path}: --output must be on shared storage")
-    exit_if_different(f"{path}", json.loads(path.read_text()), config, "choose another --output")
     return resume(checkpoint, config)
 
 
@@ -567,13 +567,13 @@ def tensors_in(state) -> Iterator[Tensor]:
 def exit_unless_finite(state: dict, step: int):
     """A finite loss does not make the weights finite: it was computed before their update."""
     if not all(tensor.isfinite().all() for tensor in tensors_in(state)):
-        exit_diverged(f"a weight or its momentum at step {step}")
+        exit_diverged(f"a weight or its momentum after step {step}")
 
 
 def exit_diverged(what: str):
     sys.exit(
-        f"the run has diverged: {what} is not finite. The last checkpoint is kept. Start again "
-        "with another --output and a lower learning rate"
+        f"the run has diverged: {what} is not finite. It was not saved. Start again with "
+        "another --output and a lower learning rate"
     )
 
 
@@ -633,7 +633,8 @@ class Log:
 
 
 class Throughput:
-    """Measures images per second, and the part of the time that is spent waiting for data."""
+    """Measures images per second, and the part of the time that this process waits for data.
+    Evaluations are not counted; the first reading includes the start of the workers."""
 
     def __init__(self, batch_size: int):
         self.batch_size = batch_size
@@ -670,8 +671,8 @@ class Throughput:
 
 
 # --- Data: a Dataset of (uint8 image (3, h, w), label) --------------------------------------------
-# Every data set has targets (n,), -1 where the label is unknown, classes, and a digest by which a
-# resumed run and the other processes recognize it.
+# Every data set has targets (n,), -1 where the label is unknown, classes, and a digest of its
+# labels and, if they are files, names: a resumed run and the other processes compare it.
 
 # Names of folders that mean a part of a data set, without digits, "-" and "_" at their ends.
 SPLIT_NAMES = "train training trainset trainval val valid validation valset test testing testset"
@@ -710,7 +711,7 @@ class ImageFiles(Dataset):
 
 def images_in(folder: Path) -> Iterator[str]:
     """The paths of the images in a folder and its subfolders."""
-    for directory, _, names in os.walk(folder):
+    for directory, _, names in os.walk(folder, followlinks=True):
         for name in names:
             if name.lower().endswith(IMG_EXTENSIONS):
                 yield os.path.join(directory, name)
@@ -769,7 +770,9 @@ def load_tree(root: Path) -> ImageFiles:
                     f"{root} has no train/: --data needs train/ and val/ directly below it, or "
                     "a tree of unlabeled images without such names"
                 )
-    samples = ImageFolder.make_dataset(str(root), {"": -1}, IMG_EXTENSIONS)
+    samples = [(path, -1) for path in sorted(images_in(root))]
+    if not samples:
+        sys.exit(f"{root} and its subfolders contain no images ({' '.join(IMG_EXTENSIONS)})")
     print_rank0(f"{root}: {len(samples)} unlabeled images, no k-NN")
     return ImageFiles(root, samples, [])
 
@@ -817,6 +820,7 @@ def load_data(
     if dataset == "shapes":
         if root:
             sys.exit("--dataset shapes draws its own images: with --data set another --dataset")
+        # Pictures 0 to 4999, and others.
         return draw_shapes(seed, 0, 5000), draw_shapes(seed, 10**6, 2000)
     if root is None:
         sys.exit(f"--dataset {dataset} needs --data FOLDER")
@@ -951,7 +955,6 @@ def make_loader(images: Dataset, workers: int, **sampling) -> DataLoader:
     return DataLoader(
         images,
         num_workers=workers,
-        persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
         **sampling,
     )
@@ -1087,7 +1090,8 @@ class Augmentation:
         args = self.args
         augmented = []
         for view, pixels in enumerate(views):
-            generator = rng(args.seed, "colour", step, view)
+            generator = rng(args.seed, "colour", step, view)  # another word, other numbers
+            # Jitter: whether, and 4 amounts; gray, blur, its sigma, solarization, flip.
             numbers = torch.rand(10, args.batch_size, 1, 1, 1, generator=generator)
             numbers = to_device(numbers.chunk(WORLD, dim=1)[RANK], device)  # (10, b, 1, 1, 1)
             amounts = jitter_amounts(numbers[:5], args.jitter_prob, args.jitter)
@@ -1110,11 +1114,9 @@ class Augmentation:
 # --- Network, schedules, and the captured step ----------------------------------------------------
 
 
-def build_backbone(
-    arch: str, stem: str, zero_init_residual: bool = False, **options
-) -> tuple[nn.Module, int]:
-    """A torchvision ResNet without its classifier, and the width of its features."""
-    options["zero_init_residual"] = zero_init_residual
+def build_backbone(arch: str, stem: str, **options) -> tuple[nn.Module, int]:
+    """A torchvision ResNet without its classifier, and the width of its features. `options` go to
+    torchvision's constructor."""
     if arch == "resnet10":
         net = ResNet(BasicBlock, [1, 1, 1, 1], **options)
     else:
@@ -1137,7 +1139,9 @@ class Network(nn.Module):
     def __init__(self, args: argparse.Namespace):
         super().__init__()
         self.joint_head = args.joint_head
-        self.backbone, width = build_backbone(args.arch, args.stem, args.zero_init_residual)
+        self.backbone, width = build_backbone(
+            args.arch, args.stem, zero_init_residual=args.zero_init_residual
+        )
         layers = []
         for _ in range(args.layers - 1):
             layers.append(nn.Linear(width, args.hidden, bias=args.joint_head))
@@ -1153,11 +1157,15 @@ class Network(nn.Module):
         return [self.projector(x) for x in features]
 
 
+def peak_learning_rate(args: argparse.Namespace) -> float:
+    if args.optimizer == "sgd":
+        return args.base_lr * args.batch_size / 256
+    return args.base_lr
+
+
 def learning_rate(step: int, steps_per_epoch: int, args: argparse.Namespace) -> float:
     """For step 0, 1, ...: a linear warm-up, then a cosine down to peak / 1000, or drops."""
-    peak = args.base_lr
-    if args.optimizer == "sgd":
-        peak = args.base_lr * args.batch_size / 256
+    peak = peak_learning_rate(args)
     warmup_steps = round(args.warmup_epochs * steps_per_epoch)
     total_steps = args.epochs * steps_per_epoch
 
@@ -1166,7 +1174,7 @@ def learning_rate(step: int, steps_per_epoch: int, args: argparse.Namespace) -> 
     if args.milestones is not None:
         passed = [m for m in args.milestones if step >= m * total_steps]
         return peak * 0.2 ** len(passed)
-    progress = (step + 1 - warmup_steps) / max(1, total_steps - warmup_steps)
+    progress = (step + 1 - warmup_steps) / (total_steps - warmup_steps)
     return peak * (0.001 + 0.999 * (1 + math.cos(math.pi * progress)) / 2)
 
 
@@ -1294,14 +1302,14 @@ def knn_top1(
 
 
 def random_subset(images: Dataset, rows: Tensor, n: int) -> Subset:
-    """n of the rows (or all), the same ones for every seed."""
+    """n of the rows (or all), the same ones in every run."""
     order = torch.randperm(len(rows), generator=rng("some"))
     return Subset(images, rows[order[:n]].tolist())
 
 
 def describe_loss(args: argparse.Namespace):
     """Prints what of INTL's loss cannot be avoided, and warns of a beta that permits a collapse."""
-    n = coordinates(args)
+    n = whitened_rows(args)
     beta = intl.published_beta(n) if args.beta is None else args.beta
     views = 1 if args.ema else 2  # that have a trace loss
     floor = intl.trace_floor(n, args.iterations)
@@ -1313,7 +1321,7 @@ def describe_loss(args: argparse.Namespace):
     balanced = intl.balanced_beta(n, args.iterations, trace_views=views)
     if beta < balanced:
         enough = math.ceil(1e4 * balanced) / 1e4
-        print_rank0(f"WARNING: the embedding may collapse; not with --beta {enough:g} or more")
+        print_rank0(f"WARNING: the embedding may collapse: use --beta {enough:g} or more")
 
 
 def pretrain(args: argparse.Namespace, device: torch.device):
@@ -1335,6 +1343,7 @@ def pretrain(args: argparse.Namespace, device: torch.device):
     first_step = saved["step"] if saved else 0
 
     # Network, teacher, loss, optimizer.
+    torch.backends.cudnn.benchmark = True  # all batches have the same shapes
     if args.cuda_graph:
         torch.cuda.set_stream(torch.cuda.Stream())
     torch.manual_seed(args.seed)
@@ -1350,11 +1359,13 @@ def pretrain(args: argparse.Namespace, device: torch.device):
     # Resume.
     if saved:
         network.load_state_dict(saved["network"])
+        # The momentum; the optimizer's settings are those of this call's flags.
         optimizer.load_state_dict({**optimizer.state_dict(), "state": saved["optimizer"]})
         if saved["scaler"]:  # a scaler that was off saved nothing
             scaler.load_state_dict(saved["scaler"])
         if teacher:
             teacher.load_state_dict(saved["teacher"])
+        del saved
 
     # The evaluation calls the backbone by itself, which is not compiled.
     augmentation = Augmentation(args)
@@ -1387,12 +1398,10 @@ def pretrain(args: argparse.Namespace, device: torch.device):
 
     # Say what the run is.
     log = Log(args.output, first_step)
-    last_warmup_step = max(0, round(args.warmup_epochs * steps_per_epoch) - 1)
-    peak = learning_rate(last_warmup_step, steps_per_epoch, args)
     print_rank0(
         f"{args.epochs} epochs of {steps_per_epoch} steps, from step {first_step}, on {WORLD} x "
         f"{device.type} in {args.precision}; output: {args.output}\n"
-        f"peak learning rate {peak:.3g}, global batch size {args.batch_size}"
+        f"peak learning rate {peak_learning_rate(args):.3g}, global batch size {args.batch_size}"
     )
     if args.loss == "intl":
         describe_loss(args)
@@ -1401,25 +1410,25 @@ def pretrain(args: argparse.Namespace, device: torch.device):
         """Logs 5-NN accuracy, and effective ranks of the features and of the embedding z."""
         start = time.monotonic()
         numbers = {}
-        loader_settings = (args.dataset, device, args.precision)
-        queries, query_labels = extract_features(backbone, query_loader, *loader_settings)
+        settings = (args.dataset, device, args.precision)
+        queries, query_labels = extract_features(backbone, query_loader, *settings)
         if bank_loader is not None:
-            bank, bank_labels = extract_features(backbone, bank_loader, *loader_settings)
+            bank, bank_labels = extract_features(backbone, bank_loader, *settings)
             numbers["knn_top1"] = knn_top1(bank, bank_labels, queries, query_labels, k=5)
         network.train()
         if z is not None:
             z = intl.gather(z.float())  # (global batch, out)
         if RANK != 0:
             return
-        numbers["feature_rank"] = intl.effective_rank(queries.cpu()).item()
+        numbers["feature_rank"] = intl.effective_rank(queries).item()
         if z is not None:
-            spectrum = intl.spectrum(z.cpu())
+            spectrum = intl.spectrum(z)
             numbers["embedding_rank"] = intl.rank_of_spectrum(spectrum).item()
             numbers["condition_number"] = intl.condition_of_spectrum(spectrum).item()
             numbers["spectrum"] = [round_significant(value, 3) for value in spectrum.tolist()]
         seconds = time.monotonic() - start
         log(step, epoch=step / steps_per_epoch, **numbers, seconds=seconds)
-        if numbers.get("embedding_rank", 3) < 3:
+        if z is not None and numbers["embedding_rank"] < 3:
             print("WARNING: the embedding has collapsed, its effective rank is below 3")
 
     def save_run(step: int):
@@ -1432,7 +1441,6 @@ def pretrain(args: argparse.Namespace, device: torch.device):
         }
         if teacher:
             state["teacher"] = teacher.state_dict()
-        state = to_cpu(state)
         exit_unless_finite(state, step)
         weights = {
             name.removeprefix("backbone."): value
@@ -1443,6 +1451,7 @@ def pretrain(args: argparse.Namespace, device: torch.device):
 
     def train_step(views: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Forward, backward, update. Returns the loss () and an embedding (b, out), detached."""
+        optimizer.zero_grad()
         with autocast(device, args.precision):
             if teacher:
                 # As in the official code and MoCo the teacher follows the network first, and then
@@ -1459,7 +1468,6 @@ def pretrain(args: argparse.Namespace, device: torch.device):
             penalty = intl.orthogonality_penalty(backbone, args.orthogonality)
             loss = loss + args.orthogonality_weight * penalty
 
-        optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
@@ -1484,13 +1492,14 @@ def pretrain(args: argparse.Namespace, device: torch.device):
         loss, z = run_step(views)
         step += 1
 
-        # Logging, saving and evaluating are the only places where the host waits for the device.
+        # In one process the host waits for the device only to log, to save and to evaluate.
         should_evaluate = step % evaluation_interval == 0 or step == stop_step
         if should_evaluate or step % args.log_every == 0:
             numbers = {"loss": loss.item()}
             for name, value in criterion.parts.items():
                 numbers[name] = value.item()
-            # With float16 the scaler skips a step that overflows, and lowers its scale.
+            # With float16 the scaler skips a step that overflows, and halves its scale, which is
+            # always 1 otherwise.
             if not math.isfinite(numbers["loss"]) and scaler.get_scale() <= 1:
                 exit_diverged(f"the loss at step {step}, {numbers}")
             speed = throughput.read(total_steps - step)
