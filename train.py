@@ -559,8 +559,10 @@ def tensors_in(state) -> Iterator[Tensor]:
     """The tensors of a nested state."""
     if isinstance(state, Tensor):
         yield state
-    elif isinstance(state, dict | list | tuple):
-        for value in state.values() if isinstance(state, dict) else state:
+    if isinstance(state, dict):
+        state = list(state.values())
+    if isinstance(state, list | tuple):
+        for value in state:
             yield from tensors_in(value)
 
 
