@@ -232,9 +232,8 @@ class CocoImages(Dataset):
     labels (n,) from 1 on in the order of the category ids, and masks (n, h, w) uint8 if self.masks.
     For training, images without an object are left out, half of the others are flipped, and
     "short_side" says to which size the image will be resized. Otherwise there is its "image_id".
-
-    torchvision's CocoDetection and its v2 wrapper would not be less code: they decode crowds, too,
-    keep the category ids as labels, and do not know the epoch."""
+    (torchvision's CocoDetection and its v2 wrapper decode crowds, too, keep the category ids as
+    labels, and do not know the epoch.)"""
 
     def __init__(self, root: Path, split: str, training: bool, seed: int = 0, short_sides=()):
         file, self.folder = find_split(root, split)
@@ -246,13 +245,13 @@ class CocoImages(Dataset):
         self.names = {i: self.coco.cats[i]["name"] for i in self.category_ids}
 
         self.entries = []  # (image, its objects)
-        all_objects = []
+        trainable = []
         for image_id, image in self.coco.imgs.items():
             objects = [a for a in self.coco.imgToAnns[image_id] if is_trainable(a, image)]
-            all_objects += objects
+            trainable += objects
             if objects or not training:
                 self.entries.append((image, objects))
-        if not all_objects:
+        if not trainable:
             sys.exit(f"{file} has no object of at least a pixel inside its image")
 
         file_names = [image["file_name"] for image, _ in self.entries]
@@ -262,21 +261,21 @@ class CocoImages(Dataset):
                 f"{self.folder} lacks {len(missing)} of the {len(file_names)} images in {file}, "
                 f"for example {missing[0]}"
             )
-        self.read_image(0)  # images that were resized without their annotations are found now
+        self.read_image(0)  # if all were resized without their annotations, it is found now
 
         # Training needs the masks of its objects; COCOeval needs those of crowds, too.
         annotations = self.coco.dataset["annotations"]
-        need_masks = all_objects if training else annotations
+        need_masks = trainable if training else annotations
         n_without_mask = sum(1 for a in need_masks if not a.get("segmentation"))
         self.masks = n_without_mask == 0
         n_crowds = sum(1 for a in annotations if a["iscrowd"])
         train.print_rank0(
-            f"{self.folder}: {len(self.entries)} images, {len(all_objects)} objects; not trained: "
+            f"{self.folder}: {len(self.entries)} images, {len(trainable)} objects, of which "
+            f"{n_without_mask} have no mask; not used: "
             f"{len(self.coco.imgs) - len(self.entries)} images without objects, {n_crowds} crowds, "
-            f"{len(annotations) - n_crowds - len(all_objects)} objects below a pixel; "
-            f"{n_without_mask} without a mask"
+            f"{len(annotations) - n_crowds - len(trainable)} objects below a pixel"
         )
-        boxes = [(a["category_id"], a["bbox"]) for a in all_objects]
+        boxes = [(a["category_id"], a["bbox"]) for a in trainable]
         self.digest = train.digest(file_names, boxes)
 
     def __len__(self) -> int:
@@ -351,9 +350,9 @@ class L1Proposals(detection.rpn.RegionProposalNetwork):
 
 
 class C4Heads(detection.roi_heads.RoIHeads):
-    """In training, boxes and masks share one pass through res5, since the regions of the masks are
-    among those of the boxes. The evaluation predicts the masks of the refined boxes: there
-    torchvision's forward runs res5 a second time."""
+    """In training the regions of the masks are among those of the boxes, so res5 runs once for
+    both. The evaluation needs the masks of the refined boxes: there torchvision's forward runs
+    res5 a second time."""
 
     def forward(self, features, proposals, image_shapes, targets=None):
         if not self.training:
@@ -362,7 +361,8 @@ class C4Heads(detection.roi_heads.RoIHeads):
         regions = self.box_roi_pool(features, proposals, image_shapes)  # (n, width / 2, 14, 14)
         shared = self.box_head(regions)  # (n, width, 7, 7)
 
-        # Boxes. Of the n regions p are positive; there is one at least, the box of an object.
+        # Boxes. Of the n regions p are positive; there is one at least, as the true boxes are among
+        # the proposals.
         logits, deltas = self.box_predictor(shared)  # (n, classes), (n, 4 classes)
         all_labels = torch.cat(labels)  # (n,), 0 is the background
         positive = all_labels.nonzero()[:, 0]  # (p,)
@@ -743,8 +743,9 @@ def fine_tune(args: argparse.Namespace, device: torch.device):
         images = [train.to_device(image, device) / 255 for image, _ in batch]
         targets = [target for _, target in batch]
         for target in targets:
-            for name in target.keys() - {"short_side"}:
-                target[name] = train.to_device(target[name], device)
+            for name, value in target.items():
+                if isinstance(value, Tensor):
+                    target[name] = train.to_device(value, device)
         lr = learning_rate(step, args)
         train.set_learning_rate(optimizer, lr)
         # torchvision samples anchors and regions with the global generator.

@@ -166,10 +166,9 @@ def spectral_transform(
 
     Raises ValueError for a wrong shape or axis, RuntimeError for a second derivative."""
     _check_settings(axis)
-    with torch.autocast(z.device.type, enabled=False):
-        x = _rows(z, axis)  # (..., n, k)
-        S = _covariance(x.double())  # (..., n, n)
-        x_hat = (_MatrixFunction.apply(S, g) @ x.double()).to(x.dtype)  # (..., n, k)
+    x = _rows(z, axis)  # (..., n, k)
+    S = _covariance(x.double())  # (..., n, n); autocast leaves float64 alone
+    x_hat = (_MatrixFunction.apply(S, g) @ x.double()).to(x.dtype)  # (..., n, k)
     return x_hat if axis == "channel" else x_hat.mT
 
 
@@ -213,8 +212,8 @@ def _newton(S: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
     """M = P_T / sqrt(tr S), for which x_hat = M x, and A_T = cov(x_hat), from S: all (..., n, n).
 
     With B_t = (3 I - A_t) / 2 a step is P_{t+1} = P_t B_t and A_{t+1} = A_t B_t^2. This coupled
-    form also yields cov(x_hat), and is stable: in the definition's form P and N cease to commute,
-    and rounding errors grow with every step."""
+    form also yields cov(x_hat), and is stable. In the definition's form P and N cease to commute,
+    and for a nearly singular S rounding errors grow with every step."""
     trace = S.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]  # (..., 1, 1)
     trace = torch.where(trace == 0, 1, trace)  # of a constant batch; its x_hat is 0
     I = torch.eye(S.shape[-1]).to(S)  # (n, n)
@@ -486,13 +485,12 @@ def group_whiten(z: Tensor, groups: int, permutation: Tensor | None = None) -> T
         permutation = torch.arange(d, device=z.device)
     order = permutation.to(z.device).expand(*z.shape[:-2], d).unsqueeze(-2)  # (..., 1, d)
 
-    with torch.autocast(z.device.type, enabled=False):
-        x = _rows(z, "channel")  # (..., m, d)
-        xg = x.double().take_along_dim(order, -1)  # (..., m, d)
-        xg = xg.unflatten(-1, (groups, -1)).transpose(-3, -2)  # (..., groups, m, d / groups)
-        xg_hat = _MatrixFunction.apply(_covariance(xg), power(0.5)) @ xg
-        x_hat = xg_hat.transpose(-3, -2).flatten(-2)  # (..., m, d)
-        return x_hat.take_along_dim(order.argsort(-1), -1).to(x.dtype)
+    x = _rows(z, "channel")  # (..., m, d)
+    xg = x.double().take_along_dim(order, -1)  # (..., m, d)
+    xg = xg.unflatten(-1, (groups, -1)).transpose(-3, -2)  # (..., groups, m, d / groups)
+    xg_hat = _MatrixFunction.apply(_covariance(xg), power(0.5)) @ xg
+    x_hat = xg_hat.transpose(-3, -2).flatten(-2)  # (..., m, d)
+    return x_hat.take_along_dim(order.argsort(-1), -1).to(x.dtype)
 
 
 class CWRGPLoss(nn.Module):

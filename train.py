@@ -676,8 +676,8 @@ class Throughput:
 # Every data set has targets (n,), -1 where the label is unknown, classes, and a digest of its
 # labels and, if they are files, names: a resumed run and the other processes compare it.
 
-# Names of folders that mean a part of a data set, without digits, "-" and "_" at their ends.
-SPLIT_NAMES = "train training trainset trainval val valid validation valset test testing testset"
+# Names of folders that mean a part of a data set, without digits, "-" and "_".
+SPLIT_NAME = re.compile("(train(ing)?|trainval|val(id|idation)?|test(ing)?)(set|images)?")
 
 
 def decode_image(path: str) -> Tensor:
@@ -719,15 +719,21 @@ def images_in(folder: Path) -> Iterator[str]:
                 yield os.path.join(directory, name)
 
 
-def load_labeled(folder: Path) -> ImageFiles:
-    """The images of a folder with one subfolder for every class."""
+def exit_if_images_beside_folders(folder: Path, needed: str):
     for entry in os.scandir(folder):
         if entry.is_file() and entry.name.lower().endswith(IMG_EXTENSIONS):
-            sys.exit(
-                f"{entry.path} is not in a class folder: {folder}/ needs a subfolder for every "
-                f"class. For unlabeled images use --data {folder}"
-            )
-    found = ImageFolder(str(folder))
+            sys.exit(f"{entry.path} would not be used: {folder} needs its images in {needed}")
+
+
+def load_labeled(folder: Path) -> ImageFiles:
+    """The images of a folder with one subfolder for every class."""
+    exit_if_images_beside_folders(
+        folder, f"a subfolder for every class. For unlabeled images use --data {folder}"
+    )
+    try:
+        found = ImageFolder(str(folder))
+    except FileNotFoundError as error:  # no subfolders, or one without images
+        sys.exit(f"{folder}: {error}")
     if len(found.classes) < 2:
         sys.exit(
             f"{folder}/ has one class folder only, {found.classes[0]}/. For unlabeled images use "
@@ -739,6 +745,7 @@ def load_labeled(folder: Path) -> ImageFiles:
 
 def load_split_folder(root: Path, folders: set[str]) -> tuple[ImageFiles, ImageFiles | None]:
     """train/ and val/. Images elsewhere in the folder would be left out in silence."""
+    exit_if_images_beside_folders(root, "train/ and val/")
     unused = folders - {"train", "val"}
     for name in sorted(unused):
         if name == "test" and "val" in folders:
@@ -766,7 +773,7 @@ def load_tree(root: Path) -> ImageFiles:
     """All images of a tree, unlabeled. Splits that are not train/ and val/ would be mixed."""
     for directory, folders, _ in os.walk(root, followlinks=True):
         for name in folders:
-            if name.lower().strip("0123456789-_") in SPLIT_NAMES.split():
+            if SPLIT_NAME.fullmatch(re.sub("[0-9_-]", "", name.lower())):
                 sys.exit(
                     f"{os.path.join(directory, name)} is named like a part of a data set, and "
                     f"{root} has no train/: --data needs train/ and val/ directly below it, or "
