@@ -264,7 +264,7 @@ def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
 
 def by_learning_rate(counts: Tensor, images: int, config: dict) -> dict[str, list[float]]:
     """Counts (H, 2) of correctly classified images -> {name: [top-1, top-5]} in percent."""
-    percentages = (100 * counts / images).tolist()
+    percentages = (100 * counts.double() / images).tolist()
     return {f"learning rate {lr:g}": values for lr, values in zip(config["lr"], percentages)}
 
 
@@ -525,7 +525,7 @@ def evaluate(args: argparse.Namespace, device: torch.device):
         sys.exit(f"--data {args.data} needs train/ and val/, each with a folder for every class")
     classes = len(train_set.classes)
     default_size = 224 if settings["stem"] == "imagenet" else 32
-    size = args.size or settings.get("view_sizes", [default_size])[0]
+    size = args.size or settings.get("size") or settings.get("view_sizes", [default_size])[0]
 
     # The configurations: everything on which the results depend. finetune is the last protocol, as
     # it changes the backbone.
