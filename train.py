@@ -526,18 +526,20 @@ def open_run(folder: Path, config: dict) -> dict | None:
     lock_folder(folder)
     path = folder / "config.json"
     checkpoint = folder / "checkpoint.pt"
-    if RANK == 0 and not checkpoint.exists():
-        # A first save that was interrupted has left the checkpoint's temporary file.
-        if (folder / "backbone.pt").exists() and not temporary(checkpoint).exists():
-            sys.exit(
-                f"{folder} holds the backbone.pt of a run without its checkpoint.pt: choose "
-                "another --output"
-            )
+    # A first save that was interrupted has left the checkpoint's temporary file.
+    begun = checkpoint.exists() or temporary(checkpoint).exists()
+    if RANK == 0 and (folder / "backbone.pt").exists() and not begun:
+        sys.exit(
+            f"{folder} holds the backbone.pt of a run without its checkpoint.pt: choose another "
+            "--output"
+        )
+    saved = resume(checkpoint, config)
+    if RANK == 0:
         path.write_text(json.dumps(config, indent=1))
     gather_objects("written")
     if not path.exists():
         sys.exit(f"process {RANK} does not see {path}: --output must be on shared storage")
-    return resume(checkpoint, config)
+    return saved
 
 
 def temporary(path: Path) -> Path:
@@ -1320,14 +1322,13 @@ def describe_loss(args: argparse.Namespace):
     """Prints what of INTL's loss cannot be avoided, and warns of a beta that permits a collapse."""
     n = whitened_rows(args)
     beta = intl.published_beta(n) if args.beta is None else args.beta
-    views = 1 if args.ema else 2  # that have a trace loss
+    terms = 1 if args.ema else 2
     floor = intl.trace_floor(n, args.iterations)
     print_rank0(
-        f"loss = alignment + {beta:.3g} x trace loss of {views} views. The trace loss is at least "
-        f"{floor:.1f} after {args.iterations} Newton steps, so the loss at least "
-        f"{views * beta * floor:.2f}"
+        f"loss = alignment + {terms} x {beta:.3g} x trace. The trace loss is at least {floor:.1f} "
+        f"after {args.iterations} Newton steps, so the loss at least {terms * beta * floor:.2f}"
     )
-    balanced = intl.balanced_beta(n, args.iterations, trace_views=views)
+    balanced = intl.balanced_beta(n, args.iterations, trace_views=terms)
     if beta < balanced:
         enough = math.ceil(1e4 * balanced) / 1e4
         print_rank0(f"WARNING: the embedding may collapse: use --beta {enough:g} or more")
