@@ -32,14 +32,14 @@ def iter_norm_by_definition(z, iterations=4):  # z: (m, d), m samples with d cha
     P = torch.eye(len(S)).to(S)
     for _ in range(iterations):  # Newton's iteration: P tends to N^(-1/2)
         P = (3 * P - P @ P @ P @ N) / 2
-    return P @ z / S.trace().sqrt()  # (m, d): approximately S^(-1/2) z
+    return P @ z / S.trace().sqrt()  # (m, d): tends to S^(-1/2) z
 
 
 def intl_loss_by_definition(z1, z2):
     z1_hat = iter_norm_by_definition(z1)
     z2_hat = iter_norm_by_definition(z2)
     alignment = 2 - 2 * F.cosine_similarity(z1_hat, z2_hat, dim=1).mean()
-    trace_loss_1 = (1 - z1_hat.var(dim=1)).square().sum()  # every variance should be one
+    trace_loss_1 = (1 - z1_hat.var(dim=1)).square().sum()  # draws variances to one
     trace_loss_2 = (1 - z2_hat.var(dim=1)).square().sum()
     beta = 0.01 * (math.log2(len(z1)) - 3)  # published; positive for m > 8
     return alignment + beta * (trace_loss_1 + trace_loss_2)
@@ -54,9 +54,8 @@ def intl_loss_by_definition(z1, z2):
 #   axis "channel" (published):  x = z.    Rows are the n = m samples, S is m x m.
 #   axis "batch":                x = z^T.  Rows are the n = d channels, S is d x d.
 #
-# Both keep the embedding from collapsing, that is, from losing all but a few directions: x x^T and
-# x^T x have the same nonzero eigenvalues, so rank that one lacks the other lacks, too. Since the
-# batch axis is the channel axis of the transpose, everything below is written once, for x; only
+# Both can keep the embedding from collapsing, that is, from losing all but a few directions: but
+# for the centering, the covariances of both axes have the same rank. Since the batch axis is the channel axis of the transpose, everything below is written once, for x; only
 # its cost, n^3 + n^2 k, differs. V views of a batch are (V, m, d).
 
 
@@ -241,7 +240,7 @@ def iter_norm(z: Tensor, *, iterations: int = 4, axis: str = "channel") -> Tenso
 
 # --- 5. Trace loss: why IterNorm alone is not enough ----------------------------------------------
 # For finite T the spectrum h_T(q) of x_hat still depends on that of x, and IterNorm alone does not
-# prevent collapse (see the demonstration). The trace loss, with enough weight, does. It penalizes
+# prevent collapse (in section 11 rank 10 of 64 remains). The trace loss, with enough weight, does. It penalizes
 # the variance of each row of x_hat for being below one (as no eigenvalue of cov(x_hat) is above
 # one, no variance is):
 #
@@ -357,7 +356,8 @@ class INTLLoss(nn.Module):
 
     iterations: Newton steps T, 1 to 10; the papers use up to 9.
     axis: "channel" (published) or "batch", see section 2.
-    beta: weight of the trace loss; None: `published_beta`; 0: IterNorm alone.
+    beta: weight of the trace loss; None: `published_beta`, too small for small n (section 9); 0:
+        IterNorm alone.
 
     views: a list of V >= 2 tensors (m, d), the views of this process's m samples. The batch is that
         of one call; accumulating gradients does not enlarge it.
@@ -365,7 +365,8 @@ class INTLLoss(nn.Module):
     group: the processes that share a batch, as in torch.distributed; None: all processes.
 
     After a call `parts` holds detached scalars: `alignment`, 0 for identical and 2 for unrelated
-    views, and `trace`, the mean trace loss of the views that receive a gradient.
+    views, and `trace`, the mean trace loss of the views that receive a gradient. (For two views the
+    loss is alignment + 2 beta trace.)
 
     Several processes. Once a process group is initialized, every call is a collective, in
     validation, too: all processes of the group make it, each with its own samples, equally many. Do
@@ -583,14 +584,14 @@ def orthogonality_penalty(module: nn.Module, kind: str = "so", power_iterations:
 #     c beta (L_1 - L_R) >= 2
 #
 # makes a collapse onto one direction cost at least what it can gain. With the published beta the
-# left side is 4.4 for n = 256 and T = 4, but 0.9 for n = 32 and 0.8 for T = 2: there networks do
-# collapse. A guard against partial collapse is a mere convention, for each trace loss:
+# left side is 4.4 for n = 256 and T = 4, but 0.9 for n = 32, and 0.8 for T = 2: there networks do
+# collapse. A guard against partial collapse is a mere convention, from runs with c = 2:
 #
 #     beta (L_r - L_R) >= 0.3,   r = min(R / 4, 64),
 #
-# which the published beta just meets for n = 256 and T = 4. Our runs without a teacher in which the
-# left side was below 0.25 lost most of their rank, with one exception. r is at most 64 because at
-# n = 512 a beta above the published one was worse (evidence/README.md, "Small batches").
+# which the published beta just meets for n = 256 and T = 4. Those in which the left side was below
+# 0.25 lost most of their rank, with one exception. r is at most 64, because R / 4 would ask at n = 512
+# for more than the published beta, which was worse (evidence/README.md, "Small batches").
 
 
 def balanced_beta(
@@ -610,7 +611,7 @@ def balanced_beta(
     return max(2 / (trace_views * collapse), 0.3 / partial_collapse)
 
 
-# --- 10. Diagnostics: collapse is visible in the spectrum before it affects accuracy --------------
+# --- 10. Diagnostics ------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -653,7 +654,7 @@ def condition_number(z: Tensor) -> Tensor:
 
 def demonstrate(steps: int = 250):
     """Trains an MLP with each loss on two noisy views of 16 latent factors, and prints effective
-    rank and condition number of the embedding z (not of z_hat): with a rank below 16 it has lost
+    rank and condition number of the embedding z (not of z_hat): a rank far below 16 has lost
     factors. It uses the batch axis, since the embedding has only 64 channels."""
     losses = {
         "no transformation": SpectralLoss(0.0, axis="batch"),

@@ -176,6 +176,7 @@ def readme_results() -> str:
     gpu = gpu_runs()[-1]
     official = sorted(RUNS.glob("official-[0-9]"))
     official_top1 = mean_std([linear_top1(run, 10_000) for run in official])
+    untrained = mean_std([linear_top1(run) for run in sorted(RUNS.glob("random-[0-9]"))])
     vicreg = best_learning_rate("vicreg")
     barlow = best_learning_rate("barlow")
 
@@ -188,11 +189,12 @@ def readme_results() -> str:
     rows = [
         row("5,000 images, small stem", core, small, 10_000, f"official code: {official_top1}"),
         row(
-            "the same, 1,000 of the 10,000 test images",
+            "the same runs, on 1,000 of the 10,000 test images",
             core,
             small,
             1000,
-            f"VICReg: {vicreg}, Barlow Twins: {barlow}, each at the best of 3 learning rates",
+            f"untrained: {untrained}; VICReg: {vicreg}, Barlow Twins: {barlow}, each at the best of 3 "
+            "learning rates",
         ),
         row(
             "50,000 images, small stem",
