@@ -55,8 +55,9 @@ def intl_loss_by_definition(z1, z2):
 #   axis "batch":                x = z^T.  Rows are the n = d channels, S is d x d.
 #
 # Both can keep the embedding from collapsing, that is, from losing all but a few directions: but
-# for the centering, the covariances of both axes have the same rank. Since the batch axis is the channel axis of the transpose, everything below is written once, for x; only
-# its cost, n^3 + n^2 k, differs. V views of a batch are (V, m, d).
+# for the centering, the covariances of both axes have the same rank. Since the batch axis is the
+# channel axis of the transpose, everything below is written once, for x; only its cost, n^3 + n^2
+# k, differs. V views of a batch are (V, m, d).
 
 
 def _check_settings(axis: str, iterations: int = 1):
@@ -240,9 +241,9 @@ def iter_norm(z: Tensor, *, iterations: int = 4, axis: str = "channel") -> Tenso
 
 # --- 5. Trace loss: why IterNorm alone is not enough ----------------------------------------------
 # For finite T the spectrum h_T(q) of x_hat still depends on that of x, and IterNorm alone does not
-# prevent collapse (in section 11 rank 10 of 64 remains). The trace loss, with enough weight, does. It penalizes
-# the variance of each row of x_hat for being below one (as no eigenvalue of cov(x_hat) is above
-# one, no variance is):
+# prevent collapse (in section 11 rank 10 of 64 remains). The trace loss, with enough weight, does.
+# It penalizes the variance of each row of x_hat for being below one (as no eigenvalue of cov(x_hat)
+# is above one, no variance is):
 #
 #     L_trace(x_hat) = sum_i (1 - var_i)^2,   var_i = cov(x_hat)_ii,   i = 1, ..., n.
 #
@@ -590,8 +591,8 @@ def orthogonality_penalty(module: nn.Module, kind: str = "so", power_iterations:
 #     beta (L_r - L_R) >= 0.3,   r = min(R / 4, 64),
 #
 # which the published beta just meets for n = 256 and T = 4. Those in which the left side was below
-# 0.25 lost most of their rank, with one exception. r is at most 64, because R / 4 would ask at n = 512
-# for more than the published beta, which was worse (evidence/README.md, "Small batches").
+# 0.25 lost most of their rank, with one exception. r is at most 64, because R / 4 would ask at n =
+# 512 for more than the published beta, which was worse (evidence/README.md, "Small batches").
 
 
 def balanced_beta(

@@ -193,8 +193,8 @@ def readme_results() -> str:
             core,
             small,
             1000,
-            f"untrained: {untrained}; VICReg: {vicreg}, Barlow Twins: {barlow}, each at the best of 3 "
-            "learning rates",
+            f"untrained: {untrained}; VICReg: {vicreg}, Barlow Twins: {barlow}, each at the best "
+            "of 3 learning rates",
         ),
         row(
             "50,000 images, small stem",
