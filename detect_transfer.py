@@ -4,10 +4,10 @@
     python detect_transfer.py --random   # the same with random weights, for comparison
     torchrun --nproc_per_node 8 detect_transfer.py --recipe coco-2x --data coco --checkpoint r50.pth
 
---model c4 is the published protocol (R50-C4 with an extra BN). The first four stages of the ResNet
-(to layer3, "res4") give one level of features. Its last stage (layer4, "res5") and the extra BN run
-on each region of interest, for boxes and masks alike. --model fpn is torchvision's own Mask R-CNN.
-Both train in float32. The coco recipes have not been run here.
+--model c4 is the published protocol (R50-C4 with an extra BN). The ResNet up to layer3 ("res4")
+gives one level of features. Its last stage (layer4, "res5") and the extra BN run on each region of
+interest, for boxes and masks alike. --model fpn is torchvision's own Mask R-CNN. Both train without
+autocast. The coco recipes have not been run here.
 
 --data has COCO's layout: annotations/instances_NAME.json and the images in NAME/ or images/NAME/,
 where NAME is train2017 or train, and val2017 or val. Masks are trained if all objects have one.
@@ -49,7 +49,7 @@ RECIPES = {
         "short_sides": [128], "test_short_side": 128, "long_side": 256, "anchors": [16, 32, 64],
         "train_proposals": [200, 50], "test_proposals": [200, 20], "rois": 8, "detections": 10,
     },
-    # Workers keep COCO's annotations, about 2 GB each.
+    # A worker's copy of COCO's annotations grows to about 2 GB, and an evaluation starts as many.
     "coco-2x": {"workers": 4},
     "coco-1x": {"workers": 4, "images": 1_440_000},
 }
@@ -206,8 +206,8 @@ def read_coco(file: Path) -> COCO:
         if not is_box(annotation["bbox"]):
             sys.exit(f"{name}: its bbox {annotation['bbox']} is not four finite numbers")
         if isinstance(annotation.get("segmentation"), list):
-            # Polygons of fewer than three points are dropped, as in detectron2. pycocotools would
-            # take four numbers for a box.
+            # Polygons of fewer than three points are dropped: pycocotools would take four numbers
+            # for a box. Without any polygon left an object has no mask.
             polygons = annotation["segmentation"]
             annotation["segmentation"] = [p for p in polygons if len(p) >= 6]
     return coco
@@ -261,7 +261,7 @@ class CocoImages(Dataset):
                 f"{self.folder} lacks {len(missing)} of the {len(file_names)} images in {file}, "
                 f"for example {missing[0]}"
             )
-        self.read_image(0)  # if all were resized without their annotations, it is found now
+        self.read_image(0)  # finds now that the images were resized without their annotations
 
         # Training needs the masks of its objects; COCOeval needs those of crowds, too.
         annotations = self.coco.dataset["annotations"]
@@ -366,8 +366,8 @@ class C4Heads(detection.roi_heads.RoIHeads):
         logits, deltas = self.box_predictor(shared)  # (n, classes), (n, 4 classes)
         all_labels = torch.cat(labels)  # (n,), 0 is the background
         positive = all_labels.nonzero()[:, 0]  # (p,)
-        classes = all_labels[positive]  # (p,)
-        deltas = deltas.unflatten(1, (-1, 4))[positive, classes]  # (p, 4)
+        true_classes = all_labels[positive]  # (p,)
+        deltas = deltas.unflatten(1, (-1, 4))[positive, true_classes]  # (p, 4)
         box_error = F.l1_loss(deltas, torch.cat(box_targets)[positive], reduction="sum")
         losses = {
             "loss_classifier": F.cross_entropy(logits, all_labels),
@@ -377,8 +377,8 @@ class C4Heads(detection.roi_heads.RoIHeads):
         # Masks.
         if self.has_mask():
             mask_logits = self.mask_predictor(shared[positive])  # (p, classes, 14, 14)
-            rows = torch.arange(len(classes), device=classes.device)
-            mask_logits = mask_logits[rows, classes]  # (p, 14, 14)
+            rows = torch.arange(len(positive), device=positive.device)
+            mask_logits = mask_logits[rows, true_classes]  # (p, 14, 14)
             size = mask_logits.shape[-1]
             mask_targets = []
             for target, boxes, objects, image_labels in zip(targets, proposals, matched, labels):
@@ -442,13 +442,13 @@ class Transform(detection.transform.GeneralizedRCNNTransform):
 def build_c4(
     args: argparse.Namespace, resnet: nn.Module, width: int, stem: str, classes: int, masks: bool
 ) -> nn.Module:
-    """R50-C4 as published; numbers that are not flags are detectron2's."""
+    """R50-C4 as published, but for PreciseBN; numbers that are not flags are detectron2's."""
     trunk = detection.backbone_utils.IntermediateLayerGetter(resnet, {"layer3": "res4"})
 
     # Proposals.
     anchors = detection.anchor_utils.AnchorGenerator((tuple(args.anchors),), ((0.5, 1.0, 2.0),))
     n_anchors = anchors.num_anchors_per_location()[0]
-    proposals = L1Proposals(
+    rpn = L1Proposals(
         anchors,
         detection.rpn.RPNHead(width // 2, n_anchors),
         fg_iou_thresh=0.7,
@@ -467,7 +467,7 @@ def build_c4(
     stride = 4 * stem_stride
     if max_pool:
         stride *= 2
-    regions = AlignedRoIs(14, spatial_scale=1 / stride, sampling_ratio=0, aligned=True)
+    pooler = AlignedRoIs(14, spatial_scale=1 / stride, sampling_ratio=0, aligned=True)
 
     # res5 and the extra BN: regions (n, width / 2, 14, 14) -> (n, width, 7, 7).
     extra_norm = nn.Identity() if args.norm == "frozen" else nn.BatchNorm2d(width)
@@ -486,7 +486,7 @@ def build_c4(
         nn.init.zeros_(layer.bias)
 
     heads = C4Heads(
-        regions,
+        pooler,
         res5,
         nn.Sequential(nn.AdaptiveAvgPool2d(1), box_predictor),  # (n, width, 7, 7) -> boxes
         fg_iou_thresh=0.5,
@@ -497,12 +497,12 @@ def build_c4(
         score_thresh=0.05,
         nms_thresh=0.5,
         detections_per_img=args.detections,
-        mask_roi_pool=regions if masks else None,
+        mask_roi_pool=pooler if masks else None,
         mask_head=res5 if masks else None,
         mask_predictor=mask_predictor if masks else None,
     )
     no_transform = None  # build_detector sets it
-    return detection.generalized_rcnn.GeneralizedRCNN(trunk, proposals, heads, no_transform)
+    return detection.generalized_rcnn.GeneralizedRCNN(trunk, rpn, heads, no_transform)
 
 
 def build_fpn(

@@ -10,15 +10,18 @@ The protocols are those of the official release (winci-ai/INTL):
     features   CIFAR: a linear classifier on features that are computed once, without augmentation
                (Adam, batch 1000, 500 epochs, learning rate 1e-2 to 1e-6)
     knn        the same features: 5 nearest neighbors by Euclidean distance; also 10 and 20 by
-               cosine similarity, weighted with temperature 0.07
+               cosine similarity, weighted with temperature 0.07. Every process holds all features:
+               33 GB for ImageNet and a ResNet-50
     linear     ImageNet: a linear classifier on the frozen backbone, with random crops and flips
                (SGD, batch 256, 100 epochs, learning rate 0.2, divided by 10 at epochs 60 and 80)
-    finetune   backbone and classifier, on --percent of the labels (SGD, batch 256, 20 epochs)
+    finetune   backbone and classifier, on --percent of the labels (SGD, batch 256, 20 epochs,
+               learning rate 0.006 and 0.2)
 
 features and linear train one classifier for each of several learning rates in the same pass and
 report all of them, the published rate first (0.00 if that classifier has diverged). Results are
 appended to results.jsonl beside the checkpoint, or in --output. linear and finetune leave linear.pt
 and finetune.pt there: the same command resumes from them or, if they are finished, validates again.
+Other settings need another --output.
 """
 
 import argparse
@@ -41,7 +44,7 @@ import train
 
 # The settings of each protocol, as published; flags of the same names change them. Of several
 # learning rates the published one is the first: the others are for networks that need another one.
-# (After multi-crop: linear 0.4, encoder_lr 0.004.)
+# (Published for networks that were trained with multi-crop: linear 0.4, and --encoder-lr 0.004.)
 # fmt: off
 PROTOCOLS = {
     "features": {"epochs": 500, "lr": [0.01, 0.001, 0.1]},
@@ -70,8 +73,8 @@ PREFERRED = [
     "base_encoder",  # MoCo v3: not momentum_encoder
     "online_encoder",  # BYOL: not target_encoder
 ]
-# Types that published files hold beside their tensors, and that are harmless in a pickle. A number
-# of numpy has one of two names, depending on the version of numpy that wrote it.
+# Types that published files hold beside their tensors, and that are harmless in a pickle. A numpy
+# scalar is pickled under one of two names, depending on numpy's version.
 NUMPY_SCALAR = np.float64(0).__reduce__()[0]
 HARMLESS = [
     argparse.Namespace,
@@ -91,7 +94,8 @@ def add_backbone_flags(parser: argparse.ArgumentParser):
     add("--arch", choices=train.ARCHS, metavar="RESNET", help="None: as pretrained, or resnet50")
     add("--stem", choices=train.STEMS, help="first layers; None: as pretrained, or imagenet")
     add("--random", action="store_true", help="keep the random initial weights, for comparison; "
-        "--checkpoint then only tells --arch, --stem and data, and is not read if --arch is given")
+        "--checkpoint then only tells --arch, --stem, --dataset and --size, and is not read if "
+        "--arch is given")
     # fmt: on
 
 
@@ -127,8 +131,8 @@ def read_backbone(args: argparse.Namespace, **options) -> tuple[nn.Module, int, 
 
 
 def read_settings(path: Path, saved: dict) -> dict:
-    """The config that train.py saved in a checkpoint, or as config.json beside a backbone.pt.
-    {} for a file of others, who use the name "config", too."""
+    """The config that train.py saved in a checkpoint, or as config.json beside a backbone.pt; or
+    that this file saved. {} for a file of others, who use the name "config", too."""
     config = saved.get("config")
     beside = path.with_name("config.json")
     if path.name == "backbone.pt" and beside.exists():
@@ -346,6 +350,7 @@ def exit_if_diverged(model: Classifiers, step: int):
     """The run ends if the backbone or all classifiers have diverged. One alone does not end it."""
     heads = [head.state_dict() for head in model.heads]
     finite_heads = [h for h in heads if all(value.isfinite().all() for value in h.values())]
+    # If no classifier is finite, all of them are looked at, which ends the run.
     state = {"backbone": model.backbone.state_dict(), "heads": finite_heads or heads}
     train.exit_unless_finite(state, step)
 
@@ -417,7 +422,7 @@ def train_classifiers(
             epoch = step / steps_per_epoch
             speed = throughput.read(total_steps - step)
             train.print_rank0(
-                f"{protocol} epoch {epoch:.2f} of {config['epochs']}  loss {shown}  "
+                f"{protocol} epoch {epoch:.2f} of {config['epochs']}  loss on rank 0 {shown}  "
                 f"images/s {speed['images_per_second']:.0f}  waiting {speed['waiting']:.2f}  "
                 f"hours left {speed['hours_left']:.2f}"
             )
@@ -462,10 +467,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data", type=Path, help="folder with train/ and val/, or torchvision's CIFAR, STL-10")
     add("--dataset", choices=train.MEAN_STD, help="what --data holds; None: as pretrained, or "
         "folder")
-    add("--size", type=train.positive, help="pixels; None: as pretrained, or 224, or 32 for small "
-        "stems")
+    add("--size", type=train.positive, help="pixels; None: as pretrained, or 224, with other "
+        "stems than imagenet 32")
     add("--precision", choices=["float32", "bfloat16", "float16"], default="float32",
-        help="of the backbone")
+        help="of the backbone; on GPUs torch's default for float32 convolutions is TF32")
     add("--protocol", nargs="+", choices=PROTOCOLS, default=["features", "knn"], help="see above")
     group = parser.add_argument_group("settings of the protocols", "None: as published, above")
     add = group.add_argument
@@ -474,7 +479,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "classifier for each; for linear and finetune per 256 images of the batch")
     add("--batch-size", type=train.positive, help="linear, finetune: GLOBAL batch size")
     add("--weight-decay", type=float, help="linear, finetune")
-    add("--encoder-lr", type=float, help="finetune: --lr of the backbone")
+    add("--encoder-lr", type=float, help="finetune: learning rate of the backbone, per 256 images")
     add("--schedule", choices=["constant", "cosine"], help="finetune: constant as published, or a "
         "cosine as in most papers")
     add = group.add_mutually_exclusive_group().add_argument
@@ -543,7 +548,7 @@ def evaluate(args: argparse.Namespace, device: torch.device):
             "arch": settings["arch"],
             "stem": settings["stem"],
             "dataset": dataset,
-            "data": train.digest(train_set.digest, val_set.digest),
+            "data_digest": train.digest(train_set.digest, val_set.digest),
             "images": [len(train_set), len(val_set)],
             "size": size,
             "precision": args.precision,
@@ -555,7 +560,7 @@ def evaluate(args: argparse.Namespace, device: torch.device):
         if protocol in ("linear", "finetune"):
             rows[protocol] = select_labeled(train_set, config)
             config["labeled"] = len(rows[protocol])
-            config["labels"] = train.digest(rows[protocol])
+            config["labels_digest"] = train.digest(rows[protocol])
             if config["labeled"] < config["batch_size"] or config["batch_size"] % train.WORLD:
                 sys.exit(
                     f"{protocol}: --batch-size {config['batch_size']} must be at most the number "
@@ -571,7 +576,7 @@ def evaluate(args: argparse.Namespace, device: torch.device):
     train.lock_folder(folder, ".linear_eval.lock")
     saved = {name: train.resume(folder / f"{name}.pt", configs[name]) for name in rows}
 
-    torch.backends.cudnn.benchmark = True  # all batches have the same shapes
+    torch.backends.cudnn.benchmark = True  # nearly all batches have the same shape
     backbone = backbone.to(device, memory_format=torch.channels_last)
 
     def extract(images: Dataset) -> tuple[Tensor, Tensor]:

@@ -93,7 +93,7 @@ RECIPES = {
     "cifar100": {**CIFAR, "dataset": "cifar100"},
     "imagenet100": {
         **IMAGENET, "arch": "resnet18", "zero_init_residual": False, "epochs": 400,
-        "batch_size": 128, "base_lr": 0.5, "weight_decay": 2.5e-5, "hidden": 4096,
+        "batch_size": 128, "base_lr": 0.5, "weight_decay": 2.5e-5, "hidden": 4096,  # out: 8192
     },
     "imagenet": IMAGENET,
     "imagenet-multicrop-100": {**MULTICROP, "epochs": 100, "base_lr": 0.5},
@@ -113,7 +113,8 @@ RECIPES = {
     },
     "cwrgp-imagenet-100": {**CWRGP_IMAGENET, "epochs": 100},
     "cwrgp-imagenet-200": {**CWRGP_IMAGENET, "epochs": 200},
-    # Not published: exact transformations l^-p, which need CW-RGP's settings (evidence/README.md).
+    # Not published: exact transformations, whitening or another --power of the eigenvalues. They
+    # need CW-RGP's settings (evidence/README.md).
     "whiten-cifar10": {**CWRGP_SMALL, "dataset": "cifar10", "loss": "power"},
 }
 # fmt: on
@@ -150,6 +151,7 @@ ARCHS = [
 ]
 
 # Flags that may differ when a run is resumed: they change neither its schedule nor its objective.
+# (The path of the data may differ, their digest may not.)
 # fmt: off
 MAY_CHANGE_ON_RESUME = {
     "data", "output", "max_steps", "workers", "log_every", "evaluate_every", "save_minutes",
@@ -181,7 +183,8 @@ def positive(text: str) -> int:
 
 
 def between(low: float, high: float) -> Callable[[str], float]:
-    """An argparse type for numbers that, outside of these limits, would train on in silence."""
+    """An argparse type for numbers with which, outside of these limits, a run would go on in
+    silence."""
 
     def number(text: str) -> float:
         if not low <= float(text) <= high:
@@ -279,13 +282,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
     group = parser.add_argument_group("loss").add_argument
     group("--loss", default="intl", choices=LOSSES, help="iternorm: intl with beta 0; whiten: "
-        "exact whitening; power: l^-p; none: cosine alignment only")
-    group("--iterations", type=int, default=4, help="intl, iternorm: Newton steps T, 1 to 10")
+        "exact whitening; power: of the eigenvalues, ^-p; none: cosine alignment only")
+    group("--iterations", type=int, default=4, choices=range(1, 11), metavar="T",
+        help="intl, iternorm: Newton steps, 1 to 10")
     group("--axis", default="channel", choices=["channel", "batch"],
         help="center and whiten samples over channels (published), or channels over the batch")
     group("--beta", type=non_negative, help="intl: weight of the trace loss; None: the published "
         "0.01 (log2 n - 3), n the batch size (or --out on the batch axis)")
-    group("--power", type=float, default=0.5, help="power: p of l^-p; 0.5 is whitening")
+    group("--power", type=float, default=0.5, help="power: p; 0.5 is whitening")
     group("--groups", type=positive, default=4, help="cwrgp: groups of channels")
     group("--sub-batch", type=positive, help="cwrgp: samples whitened together; None: all")
     group("--repeats", type=positive, default=1, help="cwrgp: partitions averaged in a step")
@@ -382,7 +386,7 @@ def launch(function: Callable, args: argparse.Namespace):
     else:
         device = torch.device("cpu")
     if WORLD > 1:
-        # Rank 0 downloads, and computes COCO's results, while the others wait.
+        # Rank 0 downloads and, in detect_transfer.py, computes COCO's AP while the others wait.
         patience = datetime.timedelta(hours=2)
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo", timeout=patience)
     function(args, device)
@@ -476,7 +480,7 @@ def lock_folder(folder: Path, name: str = ".lock"):
 
 def exit_if_different(what: str, recorded: dict, config: dict, advice: str):
     differences = [
-        f"{name} is {config.get(name)}, was {recorded.get(name)}"
+        f"{name} is {recorded.get(name)}, here {config.get(name)}"
         for name in {**config, **recorded}
         if recorded.get(name) != config.get(name)
     ]
@@ -518,12 +522,12 @@ def resume(path: Path, config: dict) -> dict | None:
 def open_run(folder: Path, config: dict) -> dict | None:
     """Locks the folder of a run, and returns its checkpoint, or None if it has none yet. Exits if
     the checkpoint is another run's, or if the processes do not agree."""
+    lock_folder(folder)
     configs = gather_objects(config)
     for rank in range(WORLD):
         advice = "all processes must get the same flags and the same data"
         exit_if_different(f"process {rank}", configs[rank], configs[0], advice)
 
-    lock_folder(folder)
     path = folder / "config.json"
     checkpoint = folder / "checkpoint.pt"
     # A first save that was interrupted has left the checkpoint's temporary file.
@@ -576,8 +580,8 @@ def exit_unless_finite(state: dict, step: int):
 
 def exit_diverged(what: str):
     sys.exit(
-        f"the run has diverged: {what} is not finite. It was not saved. Start again with "
-        "another --output and a lower learning rate"
+        f"the run has diverged: {what} is not finite. This state was not saved. Start again "
+        "with another --output and a lower learning rate"
     )
 
 
@@ -676,7 +680,7 @@ class Throughput:
 
 # --- Data: a Dataset of (uint8 image (3, h, w), label) --------------------------------------------
 # Every data set has targets (n,), -1 where the label is unknown, classes, and a digest of its
-# labels and, if they are files, names: a resumed run and the other processes compare it.
+# labels and, for files, of their names, which a resumed run and the other processes compare.
 
 # Names of folders that mean a part of a data set, without digits, "-" and "_".
 SPLIT_NAME = re.compile("(train(ing)?|trainval|val(id|idation)?|test(ing)?)(set|images)?")
@@ -831,7 +835,7 @@ def load_data(
     if dataset == "shapes":
         if root:
             sys.exit("--dataset shapes draws its own images: with --data set another --dataset")
-        # Pictures 0 to 4999, and others.
+        # Pictures 0 to 4999; for validation from a million on.
         return draw_shapes(seed, 0, 5000), draw_shapes(seed, 10**6, 2000)
     if root is None:
         sys.exit(f"--dataset {dataset} needs --data FOLDER")
@@ -1070,7 +1074,8 @@ def finish_view(
     dataset: str,
 ) -> Tensor:
     """Gray, blur, solarization and flip, each where its next number (n, 1, 1, 1), uniform in
-    [0, 1], is below its probability; then normalization."""
+    [0, 1], is below its probability (without blur or solarization fewer numbers are used); then
+    normalization."""
     numbers = iter(numbers)
     x = torch.where(next(numbers) < gray, grayscale(x), x)
     if blur:
@@ -1101,7 +1106,7 @@ class Augmentation:
         args = self.args
         augmented = []
         for view, pixels in enumerate(views):
-            generator = rng(args.seed, "colour", step, view)  # another word, other numbers
+            generator = rng(args.seed, "colour", step, view)  # the word is part of the seed
             # Jitter: whether, and 4 amounts; gray, blur, its sigma, solarization, flip.
             numbers = torch.rand(10, args.batch_size, 1, 1, 1, generator=generator)
             numbers = to_device(numbers.chunk(WORLD, dim=1)[RANK], device)  # (10, b, 1, 1, 1)
@@ -1319,7 +1324,7 @@ def random_subset(images: Dataset, rows: Tensor, n: int) -> Subset:
 
 
 def describe_loss(args: argparse.Namespace):
-    """Prints what of INTL's loss cannot be avoided, and warns of a beta that permits a collapse."""
+    """Prints the least value of INTL's loss, and warns of a beta that permits a collapse."""
     n = whitened_rows(args)
     beta = intl.published_beta(n) if args.beta is None else args.beta
     terms = 1 if args.ema else 2
@@ -1353,7 +1358,7 @@ def pretrain(args: argparse.Namespace, device: torch.device):
     first_step = saved["step"] if saved else 0
 
     # Network, teacher, loss, optimizer.
-    torch.backends.cudnn.benchmark = True  # all batches have the same shapes
+    torch.backends.cudnn.benchmark = True  # all batches have the same shape
     if args.cuda_graph:
         torch.cuda.set_stream(torch.cuda.Stream())
     torch.manual_seed(args.seed)
@@ -1387,8 +1392,9 @@ def pretrain(args: argparse.Namespace, device: torch.device):
             criterion.compile(dynamic=False)
     model = wrap_ddp(network, device)
 
-    # Evaluation: a bank of labeled training images classifies validation images by k-NN. Without
-    # val/ only the rank of the features is measured.
+    # Evaluation: up to 20,000 labeled training images, the bank, classify up to 10,000 validation
+    # images by k-NN: fewer, and less accurately, than in linear_eval.py. Without val/ only the rank
+    # of the features is measured.
     query_images = train_set if val_set is None else val_set
     query_images = random_subset(query_images, torch.arange(len(query_images)), 10_000)
     eval_size = args.view_sizes[0]
@@ -1403,8 +1409,8 @@ def pretrain(args: argparse.Namespace, device: torch.device):
     keys = batch_indices(
         torch.arange(len(train_set)), args.batch_size, args.seed, first_step, stop_step
     )
-    views = MultiViewDataset(train_set, random_crops(args), args.seed)
-    train_loader = make_loader(views, args.workers, batch_sampler=keys)
+    crops = MultiViewDataset(train_set, random_crops(args), args.seed)
+    train_loader = make_loader(crops, args.workers, batch_sampler=keys)
 
     # Say what the run is.
     log = Log(args.output, first_step)
@@ -1502,7 +1508,7 @@ def pretrain(args: argparse.Namespace, device: torch.device):
         loss, z = run_step(views)
         step += 1
 
-        # In one process the host waits for the device only to log, to save and to evaluate.
+        # The host waits for the device only to log, to save and to evaluate (and in SyncBatchNorm).
         should_evaluate = step % evaluation_interval == 0 or step == stop_step
         if should_evaluate or step % args.log_every == 0:
             numbers = {"loss": loss.item()}
