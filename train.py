@@ -616,12 +616,14 @@ class Log:
             self.board = SummaryWriter(folder, purge_step=step + 1)
         except ImportError:
             print("no TensorBoard files, as tensorboard is not installed")
-        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+        name = f"CPU ({torch.backends.cpu.get_cpu_capability()})"
+        if torch.cuda.is_available():
+            name = torch.cuda.get_device_name()
         threads = torch.get_num_threads()
         self(
             step=step,
             date=time.strftime("%F %T"),
-            machine=f"{WORLD} x {gpu}, {threads} threads, torch {torch.__version__}",
+            machine=f"{WORLD} x {name}, {threads} threads, torch {torch.__version__}",
             command=shlex.join(sys.argv),
         )
 

@@ -157,7 +157,8 @@ def provenance(runs: list[Path]) -> str:
     dates = set()
     for run in runs:
         machine = first_line(run)["machine"]
-        machines.add(machine.replace("1 x no GPU", "CPU").replace(" 1 threads", " 1 thread"))
+        machine = re.sub("^1 x (CPU|no GPU)", "CPU", machine)
+        machines.add(machine.replace(" 1 threads", " 1 thread"))
         dates.add(first_line(run)["date"][:10])
     period = min(dates)
     if len(dates) > 1:
