@@ -633,7 +633,6 @@ gathered = intl.gather(part)
 (gathered * batches[1]).sum().backward()
 assert torch.equal(gathered, batches[0])
 assert torch.equal(part.grad, batches[1].chunk(world, dim=1)[rank])
-dist.destroy_process_group()
 """
 
 
