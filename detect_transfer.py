@@ -74,8 +74,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="BN over the global batch; over each process's share; or as pretrained, not trained")
     add("--images", type=train.positive, default=2_880_000, help="length of the schedule")
     add("--batch-size", type=train.positive, default=16, help="GLOBAL, over all processes")
-    add("--base-lr", type=float, default=0.02, help="learning rate per 16 images of a batch")
-    add("--milestones", type=float, nargs="*", default=[2 / 3, 8 / 9],
+    add("--base-lr", type=train.non_negative, default=0.02, help="per 16 images")
+    add("--milestones", type=train.fraction, nargs="*", default=[2 / 3, 8 / 9],
         help="fractions of the schedule after which the learning rate is divided by 10")
     add("--warmup-images", type=int, default=16_000, help="linear warm-up from 1/1000")
     add("--weight-decay", type=float, default=1e-4, help="of all but BN parameters")
@@ -201,9 +201,11 @@ def read_coco(file: Path) -> COCO:
         missing = {"bbox", "area", "iscrowd"} - annotation.keys()
         if missing:
             sys.exit(f"{name} has no {', '.join(missing)}")
+        if not are_numbers([annotation[key] for key in ("id", "area", "iscrowd")]):
+            sys.exit(f"{name}: its id, area or iscrowd is not a finite number")
         if annotation["image_id"] not in coco.imgs or annotation["category_id"] not in coco.cats:
             sys.exit(f"{name} has an image_id or a category_id that the file does not list")
-        if not is_box(annotation["bbox"]):
+        if not are_numbers(annotation["bbox"]) or len(annotation["bbox"]) != 4:
             sys.exit(f"{name}: its bbox {annotation['bbox']} is not four finite numbers")
         if isinstance(annotation.get("segmentation"), list):
             # Polygons of fewer than three points are dropped: pycocotools would take four numbers
@@ -213,10 +215,8 @@ def read_coco(file: Path) -> COCO:
     return coco
 
 
-def is_box(bbox) -> bool:
-    if not isinstance(bbox, list) or len(bbox) != 4:
-        return False
-    return all(isinstance(number, int | float) and math.isfinite(number) for number in bbox)
+def are_numbers(values: list) -> bool:
+    return all(isinstance(value, int | float) and math.isfinite(value) for value in values)
 
 
 def is_trainable(annotation: dict, image: dict) -> bool:
@@ -271,12 +271,13 @@ class CocoImages(Dataset):
         n_crowds = sum(1 for a in annotations if a["iscrowd"])
         train.print_rank0(
             f"{self.folder}: {len(self.entries)} images, {len(trainable)} objects, of which "
-            f"{n_without_mask} have no mask; not used: "
-            f"{len(self.coco.imgs) - len(self.entries)} images without objects, {n_crowds} crowds, "
+            f"{n_without_mask} have no mask; {n_crowds} crowds, "
             f"{len(annotations) - n_crowds - len(trainable)} objects below a pixel"
         )
-        boxes = [(a["category_id"], a["bbox"]) for a in trainable]
-        self.digest = train.digest(file_names, boxes)
+        if training:
+            n_empty = len(self.coco.imgs) - len(self.entries)
+            train.print_rank0(f"not trained: these last two, {n_empty} images without objects")
+        self.digest = train.digest(file)
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -685,15 +686,17 @@ def fine_tune(args: argparse.Namespace, device: torch.device):
     stop_step = min(total_steps, args.max_steps or total_steps)
     evaluation_interval = math.ceil(total_steps / args.evaluations)
 
+    # Model.
+    classes = 1 + len(train_set.category_ids)  # with the background
+    model = build_detector(args, classes, train_set.masks)
+
     # Output folder.
     config = {k: v for k, v in vars(args).items() if k not in MAY_CHANGE_ON_RESUME}
-    config["checkpoint"] = str(args.checkpoint)
+    config["checkpoint"] = None if args.random else train.digest(args.checkpoint)
     config["data_digest"] = train.digest(train_set.digest, val_set.digest)
     saved = train.open_run(args.output, config)
 
-    # Model and optimizer.
-    classes = 1 + len(train_set.category_ids)  # with the background
-    model = build_detector(args, classes, train_set.masks)
+    # Optimizer.
     if args.norm == "syncbn":
         model = train.convert_batch_norm(model, device)
     model = model.to(device, memory_format=torch.channels_last)
@@ -734,6 +737,7 @@ def fine_tune(args: argparse.Namespace, device: torch.device):
             "step": step,
         }
         train.exit_unless_finite(state, step)
+        train.write_config(args.output, config)
         train.save({args.output / "checkpoint.pt": state})
 
     last_save = time.monotonic()

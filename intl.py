@@ -1,7 +1,7 @@
 """INTL (IterNorm with trace loss) and related self-supervised losses. Depends only on torch.
 
     loss = INTLLoss()([z1, z2])     # two views (m, d): m samples, d outputs of a projector
-    python intl.py                  # which losses collapse and which do not (20 s, CPU)
+    python intl.py                  # which losses collapse and which do not
 
 INTL: "Modulate Your Spectrum in Self-Supervised Learning", Weng et al., ICLR 2024,
 arXiv 2305.16789. CW-RGP: Weng et al., NeurIPS 2022, arXiv 2210.03586. OR: He et al., NeurIPS 2024,

@@ -678,6 +678,9 @@ REFUSED_FLAGS = {
     "--max-steps 0": "argument --max-steps: 0 is not at least 1",
     "--view-sizes 16": "--view-sizes needs two values or more",
     "--loss cwrgp --ema 0.9": "--ema: CW-RGP has no teacher",
+    "--loss cwrgp --axis batch": "--axis: CW-RGP whitens over the channels only",
+    "--orthogonality-weight 1": "--orthogonality-weight needs --orthogonality",
+    "--power nan": "argument --power: nan is not between 0 and inf",
     "--batch-size 8": "the published beta needs a batch of more than 8",
     "--cuda-graph": "--cuda-graph needs a GPU",
     "--cuda-graph --device cuda --precision float32 --loss whiten": "an eigendecomposition",
@@ -776,12 +779,26 @@ REFUSED_FOLDERS = {
     "test/ without val/": ([*TWO_CLASSES, "test/cat/a.png"], "has images in test/, beside train/"),
     "a split without train/": (["val/cat/a.png", "val/dog/a.png"], "val is named like a part"),
     "splits further down": (["photos/cat/a.png", "photos/test2017/a.png"], "test2017 is named"),
+    "splits of other names": (
+        ["training_set/a.png", "test_set/a.png"],
+        "_set is named like a part",
+    ),
 }
 
 
 @pytest.mark.parametrize("names, message", REFUSED_FOLDERS.values(), ids=REFUSED_FOLDERS)
 def test_a_folder_that_does_not_fit_the_rule_is_refused(names, message, tmp_path):
     assert message in exit_line(load_files, tmp_path, names)
+
+
+def test_linked_folders_are_read_but_a_loop_is_refused(tmp_path):
+    write_images(tmp_path, ["elsewhere/a.png", "photos/b.png"])
+    (tmp_path / "photos" / "linked").symlink_to(tmp_path / "elsewhere")
+    images, _ = train.load_data("folder", tmp_path / "photos", 0)
+    assert len(images) == 2
+    (tmp_path / "elsewhere" / "loop").symlink_to(tmp_path / "photos")
+    line = exit_line(train.load_data, "folder", tmp_path / "photos", 0)
+    assert "loop is a link to a folder whose images would count twice" in line
 
 
 def test_data_that_is_not_there_or_not_wanted_is_refused(tmp_path):
@@ -1434,8 +1451,9 @@ def test_a_run_refuses_another_in_its_folder_and_after_a_kill_resumes_bitwise(ph
     assert_same_end(folder, tmp_path / "whole")
 
 
-# Each save writes backbone.pt and checkpoint.pt beside the old ones, then renames both.
-@pytest.mark.parametrize("renaming", [1, 2], ids=["before the first", "between the two"])
+# The first save writes config.json, then backbone.pt and checkpoint.pt, beside their places, and
+# renames them.
+@pytest.mark.parametrize("renaming", [1, 2, 3])
 def test_an_interrupted_save_is_harmless(renaming, photos, photo_run, tmp_path, monkeypatch):
     argv = photo_argv(photos, tmp_path, "--save-minutes 0")
     replace = os.replace
@@ -1449,7 +1467,7 @@ def test_an_interrupted_save_is_harmless(renaming, photos, photo_run, tmp_path, 
     monkeypatch.setattr(os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train.main(argv)
-    assert (tmp_path / "checkpoint.pt.tmp").exists()
+    assert list(tmp_path.glob("*.tmp"))
     monkeypatch.undo()
     train.main(argv)
     assert_same_end(tmp_path, photo_run)
@@ -2554,6 +2572,7 @@ BAD_DATA = {
     "unknown image": (one_object(image_id=9), "annotation 5 has an image_id or a category_id that"),
     "NaN": (one_object(bbox=[4, math.nan, 8, 10]), "annotation 5: its bbox [4, nan, 8, 10] is not"),
     "three numbers": (one_object(bbox=[4, 6, 8]), "annotation 5: its bbox [4, 6, 8] is not four"),
+    "no area": (one_object(area=math.nan), "annotation 5: its id, area or iscrowd is not a finite"),
     "no object": (one_object(bbox=[0, 0, 0.9, 9]), "train.json has no object of at least a pixel"),
     "missing image": ({"images": [coco_image(0, file_name="gone.png")]}, "lacks 1 of the 1 images"),
     "size": ({"images": [coco_image(0, height=30)]}, "0.png has the size (20, 30), not (30, 30)"),
@@ -2669,7 +2688,14 @@ def test_a_resumed_detection_ends_bitwise_the_same(detected, pretrained, scenes,
     assert [line["step"] for line in log_lines(tmp_path) if "loss" in line] == [1, 2, 3, 4]
 
 
-def test_a_folder_of_other_objects_is_refused(detected, pretrained, scenes, tmp_path):
+def test_a_folder_of_other_objects_or_weights_is_refused(detected, pretrained, scenes, tmp_path):
+    other = tmp_path / "backbone.pt"
+    shutil.copy(pretrained / "config.json", tmp_path)
+    weights = {name: value + 1 for name, value in load(pretrained / "backbone.pt").items()}
+    train.save({other: weights})
+    command = [*detection_command(pretrained, scenes, detected), "--checkpoint", str(other)]
+    assert "checkpoint is" in exit_line(detect_transfer.main, command)
+
     data = shutil.copytree(scenes, tmp_path / "scenes")
     shutil.copy(data / "annotations/instances_train.json", data / "annotations/instances_val.json")
     command = detection_command(pretrained, data, detected)

@@ -220,7 +220,7 @@ def add_common_flags(parser: argparse.ArgumentParser):
         help="data-loading workers per process; increase it if `waiting` in the log is large",
     )
     add("--log-every", type=positive, default=10, help="log every N steps")
-    add("--save-minutes", type=float, default=10, help="save every N minutes")
+    add("--save-minutes", type=non_negative, default=10, help="save every N minutes")
     add("--device", default=default_device, choices=["cpu", "cuda"], help="where to train")
 
 
@@ -289,7 +289,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="center and whiten samples over channels (published), or channels over the batch")
     group("--beta", type=non_negative, help="intl: weight of the trace loss; None: the published "
         "0.01 (log2 n - 3), n the batch size (or --out on the batch axis)")
-    group("--power", type=float, default=0.5, help="power: p; 0.5 is whitening")
+    group("--power", type=non_negative, default=0.5, help="power: p; 0.5 is whitening")
     group("--groups", type=positive, default=4, help="cwrgp: groups of channels")
     group("--sub-batch", type=positive, help="cwrgp: samples whitened together; None: all")
     group("--repeats", type=positive, default=1, help="cwrgp: partitions averaged in a step")
@@ -329,6 +329,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parse_with_recipe(parser, RECIPES, argv)
 
     views = len(args.view_sizes)
+    if args.orthogonality_weight is not None and args.orthogonality is None:
+        parser.error("--orthogonality-weight needs --orthogonality")
+    if args.loss == "cwrgp" and args.axis != "channel":
+        parser.error("--axis: CW-RGP whitens over the channels only")
     args.min_scale = per_view(args.min_scale, views)
     args.max_scale = per_view(args.max_scale, views)
     args.blur = per_view(args.blur, views)
@@ -437,9 +441,12 @@ def gather_objects(value) -> list:
 
 
 def digest(*values) -> str:
-    """12 hexadecimal digits that identify the values: tensors by their bytes, others by repr."""
+    """12 hexadecimal digits that identify the values: files (Path) by their content, tensors by
+    their bytes, others by repr."""
     total = hashlib.blake2b(digest_size=6)
     for value in values:
+        if isinstance(value, Path):
+            value = torch.from_file(str(value), size=value.stat().st_size, dtype=torch.uint8)
         if isinstance(value, Tensor):
             total.update(value.detach().cpu().contiguous().numpy().tobytes())
         else:
@@ -500,7 +507,7 @@ def read_checkpoint(path: Path, safe: tuple = ()) -> dict:
             reason = f"it holds a {refused[1] or refused[2]}"
         sys.exit(f"{path} cannot be read as a checkpoint of tensors and plain values: {reason}")
     except Exception as error:  # a damaged file can raise almost any exception
-        sys.exit(f"{path} cannot be read as a checkpoint: {error}")
+        sys.exit(f"{path} cannot be read as a checkpoint: {error!r}")
 
 
 def resume(path: Path, config: dict) -> dict | None:
@@ -521,29 +528,36 @@ def resume(path: Path, config: dict) -> dict | None:
 
 def open_run(folder: Path, config: dict) -> dict | None:
     """Locks the folder of a run, and returns its checkpoint, or None if it has none yet. Exits if
-    the checkpoint is another run's, or if the processes do not agree."""
+    the folder is another run's, or if the processes do not agree."""
     lock_folder(folder)
     configs = gather_objects(config)
     for rank in range(WORLD):
         advice = "all processes must get the same flags and the same data"
         exit_if_different(f"process {rank}", configs[rank], configs[0], advice)
 
+    if not (folder / ".lock").exists():
+        sys.exit(f"process {RANK} does not see {folder}/.lock: --output must be on shared storage")
     path = folder / "config.json"
+    if path.exists():
+        recorded = json.loads(path.read_text())
+        exit_if_different(f"{path}", recorded, config, "choose another --output")
+    backbone = folder / "backbone.pt"
     checkpoint = folder / "checkpoint.pt"
-    # A first save that was interrupted has left the checkpoint's temporary file.
-    begun = checkpoint.exists() or temporary(checkpoint).exists()
-    if RANK == 0 and (folder / "backbone.pt").exists() and not begun:
+    # The first save may have been interrupted between its replacements.
+    interrupted = temporary(checkpoint).exists() and not temporary(backbone).exists()
+    if backbone.exists() and not checkpoint.exists() and not interrupted:
         sys.exit(
             f"{folder} holds the backbone.pt of a run without its checkpoint.pt: choose another "
             "--output"
         )
-    saved = resume(checkpoint, config)
-    if RANK == 0:
-        path.write_text(json.dumps(config, indent=1))
-    gather_objects("written")
-    if not path.exists():
-        sys.exit(f"process {RANK} does not see {path}: --output must be on shared storage")
-    return saved
+    return resume(checkpoint, config)
+
+
+def write_config(folder: Path, config: dict):
+    """With the first save: until then the folder belongs to no run."""
+    path = folder / "config.json"
+    temporary(path).write_text(json.dumps(config, indent=1))
+    os.replace(temporary(path), path)
 
 
 def temporary(path: Path) -> Path:
@@ -719,9 +733,24 @@ class ImageFiles(Dataset):
         return decode_image(path), label
 
 
+def walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """os.walk through links. Ends at a folder that cannot be read, or that is reached twice."""
+
+    def fail(error: OSError):
+        raise error
+
+    seen = set()
+    for directory, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        real = os.path.realpath(directory)
+        if real in seen:
+            sys.exit(f"{directory} is a link to a folder whose images would count twice")
+        seen.add(real)
+        yield directory, folders, names
+
+
 def images_in(folder: Path) -> Iterator[str]:
     """The paths of the images in a folder and its subfolders."""
-    for directory, _, names in os.walk(folder, followlinks=True):
+    for directory, _, names in walk(folder):
         for name in names:
             if name.lower().endswith(IMG_EXTENSIONS):
                 yield os.path.join(directory, name)
@@ -735,18 +764,13 @@ def exit_if_images_beside_folders(folder: Path, needed: str):
 
 def load_labeled(folder: Path) -> ImageFiles:
     """The images of a folder with one subfolder for every class."""
-    exit_if_images_beside_folders(
-        folder, f"a subfolder for every class. For unlabeled images use --data {folder}"
-    )
+    exit_if_images_beside_folders(folder, "a subfolder for every class")
     try:
         found = ImageFolder(str(folder))
     except FileNotFoundError as error:  # no subfolders, or one without images
         sys.exit(f"{folder}: {error}")
     if len(found.classes) < 2:
-        sys.exit(
-            f"{folder}/ has one class folder only, {found.classes[0]}/. For unlabeled images use "
-            f"--data {folder}"
-        )
+        sys.exit(f"{folder}/ has one class folder only, {found.classes[0]}/")
     print_rank0(f"{folder}: {len(found.samples)} images of {len(found.classes)} classes")
     return ImageFiles(folder, found.samples, found.classes)
 
@@ -779,7 +803,7 @@ def load_split_folder(root: Path, folders: set[str]) -> tuple[ImageFiles, ImageF
 
 def load_tree(root: Path) -> ImageFiles:
     """All images of a tree, unlabeled. Splits that are not train/ and val/ would be mixed."""
-    for directory, folders, _ in os.walk(root, followlinks=True):
+    for directory, folders, _ in walk(root):
         for name in folders:
             if SPLIT_NAME.fullmatch(re.sub("[0-9_-]", "", name.lower())):
                 sys.exit(
@@ -1288,7 +1312,7 @@ def extract_features(
         labels.append(y.clone())  # a worker's tensor would keep a file open
     features = gather_shares(torch.cat(features))
     if not features.isfinite().all():
-        exit_diverged("a feature")
+        sys.exit("a feature is not finite: the weights are not, or --precision is too low")
     return features, gather_shares(torch.cat(labels).to(device))
 
 
@@ -1465,6 +1489,7 @@ def pretrain(args: argparse.Namespace, device: torch.device):
             for name, value in state["network"].items()
             if name.startswith("backbone.")
         }
+        write_config(args.output, config)
         save({args.output / "backbone.pt": weights, args.output / "checkpoint.pt": state})
 
     def train_step(views: list[Tensor]) -> tuple[Tensor, Tensor]:
