@@ -7,9 +7,7 @@ computation: for each view a Gram matrix and two products with it (a Newton step
 the embedding), and twice as many in the backward pass; each costs 2 m d min(m, d) operations. The
 losses take turns, so that a change in the machine's load affects all of them. Each row shows the
 median time in ms, its ratio to the products, and the peak memory beyond the inputs, in views.
-
-losses.txt is from a version of intl.py that took the smaller of z z^T and z^T z for either axis. It
-therefore has the batch axis, too, which now takes d x d matrices.
+losses.txt is its output.
 """
 
 import functools
