@@ -215,7 +215,9 @@ def read_coco(file: Path) -> COCO:
     return coco
 
 
-def are_numbers(values: list) -> bool:
+def are_numbers(values) -> bool:
+    if not isinstance(values, list):
+        return False
     return all(isinstance(value, int | float) and math.isfinite(value) for value in values)
 
 

@@ -748,17 +748,13 @@ def walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
         yield directory, folders, names
 
 
-def images_in(folder: Path) -> Iterator[str]:
-    """The paths of the images in a folder and its subfolders."""
-    for directory, _, names in walk(folder):
-        for name in names:
-            if name.lower().endswith(IMG_EXTENSIONS):
-                yield os.path.join(directory, name)
+def is_image(name: str) -> bool:
+    return name.lower().endswith(IMG_EXTENSIONS)
 
 
 def exit_if_images_beside_folders(folder: Path, needed: str):
     for entry in os.scandir(folder):
-        if entry.is_file() and entry.name.lower().endswith(IMG_EXTENSIONS):
+        if entry.is_file() and is_image(entry.name):
             sys.exit(f"{entry.path} would not be used: {folder} needs its images in {needed}")
 
 
@@ -782,7 +778,7 @@ def load_split_folder(root: Path, folders: set[str]) -> tuple[ImageFiles, ImageF
     for name in sorted(unused):
         if name == "test" and "val" in folders:
             print_rank0(f"{root / name} is not used")
-        elif any(images_in(root / name)):
+        elif any(is_image(file) for _, _, files in walk(root / name) for file in files):
             sys.exit(
                 f"{root} has images in {name}/, beside train/: only train/ and val/ are used. "
                 "Rename or move it; for an unlabeled tree rename train/"
@@ -803,7 +799,9 @@ def load_split_folder(root: Path, folders: set[str]) -> tuple[ImageFiles, ImageF
 
 def load_tree(root: Path) -> ImageFiles:
     """All images of a tree, unlabeled. Splits that are not train/ and val/ would be mixed."""
-    for directory, folders, _ in walk(root):
+    paths = []
+    for directory, folders, names in walk(root):
+        paths += [os.path.join(directory, name) for name in names if is_image(name)]
         for name in folders:
             if SPLIT_NAME.fullmatch(re.sub("[0-9_-]", "", name.lower())):
                 sys.exit(
@@ -811,11 +809,10 @@ def load_tree(root: Path) -> ImageFiles:
                     f"{root} has no train/: --data needs train/ and val/ directly below it, or "
                     "a tree of unlabeled images without such names"
                 )
-    samples = [(path, -1) for path in sorted(images_in(root))]
-    if not samples:
+    if not paths:
         sys.exit(f"{root} and its subfolders contain no images ({' '.join(IMG_EXTENSIONS)})")
-    print_rank0(f"{root}: {len(samples)} unlabeled images, no k-NN")
-    return ImageFiles(root, samples, [])
+    print_rank0(f"{root}: {len(paths)} unlabeled images, no k-NN")
+    return ImageFiles(root, [(path, -1) for path in sorted(paths)], [])
 
 
 def in_memory_dataset(pixels: Tensor, targets: list[int], classes: list[str]) -> TensorDataset:
